@@ -235,6 +235,7 @@ class ClosedLoopPipeline:
         offload: Offload = None,
         reference_cache: ReferenceMode | None = None,
         max_reply_tokens: int | None = None,
+        prefix_cache_gib: float = 0.0,
     ) -> Self:
         """Loads the models of a loop.
 
@@ -256,8 +257,10 @@ class ClosedLoopPipeline:
           reference_cache: see `Flux2Pipeline.from_pretrained`.
           max_reply_tokens: of a Qwen3-VL that is the controller; if None, 384 for one that was trained for the loop,
             and 1024 for others.
-        Raises: ClvrError, before any weights are read, for a controller or a verifier that is no Qwen3-VL, and for a
-          mesh that does not divide the attention heads.
+          prefix_cache_gib: memory of each device in which each Qwen3-VL keeps the keys and values of earlier
+            conversations, see `Qwen3VLPipeline.from_pretrained`; 0 keeps none.
+        Raises: UsageError for a prefix cache without a Qwen3-VL; ClvrError, before any weights are read, for a
+          controller or a verifier that is no Qwen3-VL, and for a mesh that does not divide the attention heads.
         """
         path, transformer = resolve(model)
         layout = layout_of(mesh)
@@ -269,6 +272,8 @@ class ClosedLoopPipeline:
         if layout is not None and class_of(path) in FLUX2:
             heads = flux2_heads(model, transformer)
             check_heads(layout, {**heads, **_heads({part: directory for part, (directory, _) in found.items()})})
+        if prefix_cache_gib and not found:
+            raise UsageError("prefix cache: there is no Qwen3-VL to load that could use it; leave it out")
         # Without a Qwen3-VL to load, a format for the controller is an error, not ignored.
         formats = quantization_of(quantize, QUANTIZED_PARTS if found else QUANTIZED_GENERATOR_PARTS)
         quantized = formats.pop("controller", None)
@@ -276,11 +281,10 @@ class ClosedLoopPipeline:
         offloader = offloader_of(offload)
         options |= {"quantize": formats, "offload": offloader, "reference_cache": reference_cache}
         flux = Flux2Pipeline.from_pretrained(model, dtype, **options)
-        vlm = load_controller(controller, dtype, layout, quantized, offloader) if isinstance(controller, str) else None
+        chat: dict[str, Any] = {"quantize": quantized, "offload": offloader, "prefix_cache_gib": prefix_cache_gib}
+        vlm = load_controller(controller, dtype, layout, **chat) if isinstance(controller, str) else None
         if isinstance(verifier, str) and verifier != controller:
-            verifier = LoadedVerifier.from_pretrained(
-                verifier, dtype, mesh=layout, quantize=quantized, offload=offloader
-            )
+            verifier = LoadedVerifier.from_pretrained(verifier, dtype, mesh=layout, **chat)
         if isinstance(controller, str) and vlm is not None:
             _, is_trained = found["controller"]
             if verifier is None or isinstance(verifier, str):

@@ -105,6 +105,10 @@ class DeviceMemory(NamedTuple):
     is_host: bool
     num_devices: int = 1
 
+    def without(self, used: int) -> "DeviceMemory":
+        """Returns the memory after `used` bytes of each device are taken."""
+        return self if self.free is None else self._replace(free=max(self.free - used, 0))
+
 
 def needed(parts: list[Part], sizes: Mapping[str, int], is_offloaded: bool, is_host: bool = False) -> int:
     """Returns the bytes that are on a device at the same time.

@@ -194,6 +194,12 @@ def test_generate_writes_a_directory_for_each_prompt_and_seed(drawing_model, mon
         (["--controller-model", "tiny"], 2, "--controller-url URL"),
         (["--controller", "c", "--controller-url", "u", "--controller-model", "m"], 2, "two controllers"),
         (["--controller-tokens", "0"], 2, "--controller-tokens"),
+        (["--prefix-cache", "nan"], 2, "--prefix-cache nan: give a finite number of GiB"),
+        (
+            ["--prefix-cache", "1", "--controller-url", "http://localhost/v1", "--controller-model", "tiny"],
+            2,
+            "--prefix-cache has no effect with --controller-url and no --verifier",
+        ),
     ],
 )
 def test_bad_options_fail_in_one_line_before_weights_are_read(arguments, code, said, drawing_model, tmp_path, capsys):

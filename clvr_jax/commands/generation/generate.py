@@ -123,7 +123,9 @@ class Generate:
 
         controller = None if self.control.controller_url else self.control.controller or self.model
         size = self.images.height_and_width()
-        loading = check_memory(self.model, self.loading, size, given, controller, self.verifier)
+        loading = check_memory(
+            self.model, self.loading, size, given, controller, self.verifier, self.control.prefix_cache
+        )
         roles = self.control.arguments(self.verifier, self.verification == "separate")
         return ClosedLoopPipeline.from_pretrained(self.model, **loading.arguments(), **roles)
 

@@ -20,6 +20,7 @@ def check_memory(
     images: "Sequence[np.ndarray]" = (),
     controller: str | None = None,
     verifier: str | None = None,
+    prefix_cache: float = 0.0,
 ) -> "LoadOptions":
     """Checks that a command's models and one image fit the devices; reads configurations only.
 
@@ -31,12 +32,13 @@ def check_memory(
       size: height and width of the image in pixels; None as for `image_call`.
       images: the given images, (h, w, 3).
       controller, verifier: names or directories of Qwen3-VL models; None if there is none.
+      prefix_cache: memory of the prefix cache of each of them, in GiB, which is not free for anything else.
     Returns: `loading`, with the mesh.
     Raises: ClvrError, one line that says what does not fit and which options would make it fit.
     """
     from clvr_jax.commands.generation.model_options import MeshOptions
     from clvr_jax.pipelines.loading import layout_of
-    from clvr_jax.pipelines.memory import check_memory, mesh_that_fits, parts_of
+    from clvr_jax.pipelines.memory import check_memory, device_memory, mesh_that_fits, parts_of
     from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
     from clvr_jax.pipelines.working_memory import image_call
 
@@ -45,11 +47,13 @@ def check_memory(
     call = image_call(model, size, [(image.shape[0], image.shape[1]) for image in images], loading.reference_cache)
     parts, options = parts_of(model, chat), loading.arguments()
     dtype, quantize, offload = options["dtype"], options["quantize"], options["offload"]
-    if options["mesh"] is None and (mesh := mesh_that_fits(parts, dtype, quantize, offload, call=call)):
+    caches = int(prefix_cache * 2**30) * len({name for name in names.values() if name is not None})
+    device = device_memory().without(caches)
+    if options["mesh"] is None and (mesh := mesh_that_fits(parts, dtype, quantize, offload, device, call)):
         sizes = {axis: size for axis in ("fsdp", "tensor") if (size := getattr(mesh, axis)) > 1}
         words = " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
         console.print(f"the models do not fit one device and are sharded: {words}", highlight=False)
         loading = replace(loading, mesh=MeshOptions(fsdp=mesh.fsdp, tensor=mesh.tensor))
     layout = layout_of(loading.mesh.config())
-    check_memory(parts, dtype, quantize, layout, offload, call=call)
+    check_memory(parts, dtype, quantize, layout, offload, device_memory(layout).without(caches), call)
     return loading

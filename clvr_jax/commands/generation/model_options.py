@@ -33,6 +33,7 @@ class RoleArguments(TypedDict, total=False):
     controller: "str | Controller"
     verifier: "str | Verifier | None"
     max_reply_tokens: int
+    prefix_cache_gib: float
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,14 @@ class ControllerOptions:
     and 1024 for others; models that think first need more."""
     controller_max_seconds: float = 1200.0
     """Wait this many seconds at most for a whole reply of --controller-url, however slowly it comes."""
+    prefix_cache: Annotated[float, tyro.conf.arg(metavar="GIB")] = 0.0
+    """Let each Qwen3-VL keep the keys and values of earlier conversations in this much memory of each device, in GiB,
+    so that a round of the loop reads only what is new in its conversation. If not given, nothing is kept."""
 
     def __post_init__(self) -> None:
         at_least_one("--controller-tokens", self.controller_tokens)
+        if not 0 <= self.prefix_cache < math.inf:
+            raise UsageError(f"--prefix-cache {self.prefix_cache}: give a finite number of GiB, at least 0")
         if bool(self.controller_url) != bool(self.controller_model):
             raise UsageError("--controller-url URL and --controller-model NAME must be given together")
         if self.controller and self.controller_url:
@@ -267,10 +273,13 @@ class ControllerOptions:
         Args:
           verifier: the model that verifies; if None, the controller does so, in fresh conversations.
           is_verified: whether a separate verifier is needed at all.
-        Raises: ClvrError if the key of the endpoint or the openai package is missing.
+        Raises: UsageError for a prefix cache without a Qwen3-VL; ClvrError if the key of the endpoint or the openai
+          package is missing.
         """
+        if self.prefix_cache and self.controller_url and not (verifier and is_verified):
+            raise UsageError("--prefix-cache has no effect with --controller-url and no --verifier; leave it out")
         if not self.controller_url:
-            roles: RoleArguments = {"verifier": verifier}
+            roles: RoleArguments = {"verifier": verifier, "prefix_cache_gib": self.prefix_cache}
             if self.controller is not None:
                 roles["controller"] = self.controller
             if self.controller_tokens is not None:
@@ -295,7 +304,7 @@ class ControllerOptions:
         if is_verified and verifier is None:
             chosen_verifier = ModelVerifier(Host0ChatModel(model), "ask", max_tokens=tokens)
         controller = Host0Controller(ChatModelController(model, max_tokens=tokens))
-        return {"controller": controller, "verifier": chosen_verifier}
+        return {"controller": controller, "verifier": chosen_verifier, "prefix_cache_gib": self.prefix_cache}
 
 
 Loading = Annotated[LoadOptions, tyro.conf.arg(name="")]

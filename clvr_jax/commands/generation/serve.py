@@ -182,7 +182,10 @@ class Serve:
         from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
         controller = None if self.control.controller_url else self.control.controller or self.model
-        loading = check_memory(self.model, self.loading, controller=controller, verifier=self.verifier)
+        cache = self.control.prefix_cache
+        loading = check_memory(
+            self.model, self.loading, controller=controller, verifier=self.verifier, prefix_cache=cache
+        )
         roles = self.control.arguments(self.verifier, is_verified=True)
         return ClosedLoopPipeline.from_pretrained(self.model, **loading.arguments(), **roles)
 
