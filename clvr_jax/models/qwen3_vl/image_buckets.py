@@ -71,14 +71,14 @@ def bucket_of(number: int, multiple: int) -> int:
 
 
 def bucket_conversations(
-    conversations: Sequence[Conversation], *, image_token_id: int, merge: int, pad_token: int = 0
+    conversations: Sequence[Conversation], *, image_token_id: int, merge: int, pad_token: int = 0, image_step: int = 2
 ) -> dict[str, Any]:
     """Returns the arguments of `Qwen3VL.prefill` for conversations with images of any sizes, all of them arrays.
 
     The length of the prompts, and the number and the patches of images of similar size, are padded to buckets.
     Conversations in the same buckets have the same program.
 
-    Args: see `batch_conversations`.
+    Args: see `batch_conversations` and `bucket_images`.
     Returns: input_ids_bt int32, attention_mask_bt bool, positions_3bt int32, and, if there are images, pixel_values, a
       `BucketedImages`.
     Raises: ClvrError if placeholders and images do not match.
@@ -90,7 +90,8 @@ def bucket_conversations(
     if not images:
         return batch
     grids = [grid for conversation in conversations for grid in conversation.grid_thw]
-    return {**batch, "pixel_values": bucket_images(images, grids, merge=merge, conversations=len(conversations))}
+    buckets = bucket_images(images, grids, merge=merge, conversations=len(conversations), image_step=image_step)
+    return {**batch, "pixel_values": buckets}
 
 
 def bucket_suffixes(
@@ -111,11 +112,13 @@ def bucket_suffixes(
       that ends inside an image.
     """
     places: dict[str, int] = {"image_token_id": image_token_id, "merge": merge}
+    # A round of the loop has one new image.
+    image_step = 1 if any(starts) else 2
     suffixes = [
         part_of(whole, start, len(whole.input_ids), **places)
         for whole, start in zip(conversations, starts, strict=True)
     ]
-    batch = bucket_conversations(suffixes, **places, pad_token=pad_token)
+    batch = bucket_conversations(suffixes, **places, pad_token=pad_token, image_step=image_step)
     for row, (whole, start) in enumerate(zip(conversations, starts, strict=True)):
         positions_31t, _ = mrope_positions(
             np.array([whole.input_ids]), [whole.grid_thw], image_token_id=image_token_id, merge=merge
@@ -125,7 +128,12 @@ def bucket_suffixes(
 
 
 def bucket_images(
-    images: Sequence[Float[np.ndarray, "_ p"]], grids: Grids | Sequence[Grid], *, merge: int, conversations: int = 1
+    images: Sequence[Float[np.ndarray, "_ p"]],
+    grids: Grids | Sequence[Grid],
+    *,
+    merge: int,
+    conversations: int = 1,
+    image_step: int = 2,
 ) -> BucketedImages:
     """Returns the images of a batch in few shapes.
 
@@ -133,8 +141,8 @@ def bucket_images(
       images: the patches of each image, in the order of the images.
       grids: the grid of each image, with one frame.
       merge: patches per token along one side.
-      conversations: of the batch. Each class has an even number of images for each of them on average, so that a
-        conversation that grows by an image at a time needs half as many programs.
+      conversations: of the batch. Each class has a multiple of `image_step` images for each of them on average.
+      image_step: with 2, a conversation that grows by an image at a time needs half as many programs as with 1.
     Raises: ClvrError for an image with several frames.
     """
     if any(frames != 1 for frames, _, _ in grids):
@@ -144,7 +152,7 @@ def bucket_images(
     counts = np.array(merged_tokens(tuple(grids), merge))
     begins, first = np.cumsum(counts) - counts, 0
     for patches, members in classes.items():
-        number = image_slots(len(members), conversations)
+        number = image_slots(len(members), conversations, image_step)
         values = np.zeros((number, patches, images[0].shape[1]), np.float32)
         for slot, member in enumerate(members):
             values[slot, : len(images[member])] = images[member]
@@ -178,9 +186,9 @@ def size_classes(grids: Grids | Sequence[Grid], merge: int) -> dict[int, list[in
     return classes
 
 
-def image_slots(images: int, conversations: int) -> int:
-    """Returns the number of images that a class is padded to: even for each conversation, on average."""
-    return -(-images // (2 * conversations)) * 2 * conversations
+def image_slots(images: int, conversations: int, step: int = 2) -> int:
+    """Returns the number of images that a class is padded to: on average, a multiple of `step` per conversation."""
+    return -(-images // (step * conversations)) * step * conversations
 
 
 def _images_of(conversation: Conversation) -> list[np.ndarray]:
