@@ -39,13 +39,16 @@ def enable_compilation_cache() -> Path | None:
 def without_compilation_cache() -> Iterator[None]:
     """Compiles without the persistent cache: it cannot read a program for devices that are not there."""
     import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     before: bool = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - it declares no attributes
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()  # JAX looks at the setting once, before its first program
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
 
 
 def release_programs(

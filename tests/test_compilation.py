@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from clvr_jax.compilation import release_programs
+from clvr_jax.compilation import release_programs, without_compilation_cache
 from tests.commands.command_line import PROMPT
 
 COUNTING = """
@@ -44,6 +46,29 @@ def test_a_second_start_of_a_command_compiles_nothing(tmp_path):
     assert requests > 5
     assert hits < requests
     assert start("second") == (requests, requests)
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """An empty cache of compiled programs for one test."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    reset_cache()
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+    reset_cache()
+
+
+def test_programs_can_bypass_a_cache_that_is_in_use(programs):
+    def compile_for(offset):
+        jax.jit(lambda x: x * 3 + offset)(1.0)
+        return len(list(programs.glob("*lambda*-cache")))
+
+    written = compile_for(1)
+    assert written
+    with without_compilation_cache():
+        assert compile_for(2) == written
+    assert compile_for(3) > written
 
 
 def test_programs_are_dropped_before_the_maps_of_a_process_run_out(tmp_path, monkeypatch):
