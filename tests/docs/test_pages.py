@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from clvr_jax.cli import main, parse
-from tests.conftest import optimized
 from tests.docs.pages import GENERATED, PAGES, ROOT, anchors, cells, clvr_commands, links, programs, shell_lines
 
 README = ROOT / "README.md"
@@ -91,12 +90,11 @@ def test_programs_run(tmp_path, monkeypatch):
     """Those of one page run in order, with the same names, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     ran = 0
-    with optimized():
-        for page in PAGES:
-            names = {"image": Image.new("RGB", (64, 64), (250, 250, 250))}
-            for program in filter(runs_here, programs(page.read_text())):
-                exec(compile(program, page.name, "exec"), names)
-                ran += 1
+    for page in PAGES:
+        names = {"image": Image.new("RGB", (64, 64), (250, 250, 250))}
+        for program in filter(runs_here, programs(page.read_text())):
+            exec(compile(program, page.name, "exec"), names)
+            ran += 1
     assert ran >= 3
     assert (tmp_path / "out/circles/trajectory.json").exists()
     assert (tmp_path / "out/flux/transformer").is_dir()
@@ -108,8 +106,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = [words for words in clvr_commands(README.read_text()) if "--model" not in words]
     assert [words[0] for words in commands] == ["generate", "sample", "verify"]
-    with optimized():
-        assert [main(words) for words in commands] == [0, 0, 0]
+    assert [main(words) for words in commands] == [0, 0, 0]
     assert (tmp_path / "out/mine/index.html").exists()
     assert (tmp_path / "triangle.png").exists()
 
