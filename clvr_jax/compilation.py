@@ -41,7 +41,7 @@ def without_compilation_cache() -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    before: bool = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - it declares no attributes
+    before = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         reset_cache()  # JAX looks at the setting once, before its first program

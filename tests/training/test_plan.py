@@ -31,7 +31,7 @@ SMALL = changed(mesh=MeshConfig(fsdp=4, tensor=2), depth=1)
 SMALL_OPTIONS = ["--train.mesh.fsdp", "4", "--train.mesh.tensor", "2", "--depth", "1"]
 
 
-# 1,024 picture tokens, so that attention is the TPU's kernel there, as at full size.
+# 1,024 image tokens, so that attention is the TPU's kernel there, as at full size.
 WIDE = changed(mesh=MeshConfig(fsdp=2, sequence=2), side=32, head_dim=32, batch_size=4)
 
 

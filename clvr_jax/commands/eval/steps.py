@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax, results_directory
+from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.steps import State
     from clvr_jax.evaluation.steps.results import StepResults
     from clvr_jax.files.json_input import JSON
+    from clvr_jax.reasoning.conversation.protocols import ImageGenerator
 
 _RENDERED = "rendered"
 
@@ -49,6 +51,10 @@ class EvalSteps:
         at_least_one("--noises", self.noises)
         at_least_one("--batch-size", self.batch_size)
         check_seed(self.seed)
+        if self.against and self.out and self.against.resolve() == self.out.resolve():
+            raise UsageError(
+                f"--against and --out are both {self.out}, whose results would be replaced; choose another --out"
+            )
 
     def run(self) -> Result:
         """Generates and scores the images, and writes the results if there is a directory for them."""
@@ -69,16 +75,15 @@ class EvalSteps:
         """Generates and scores the images; returns the content of results.json."""
         from clvr_jax.display.console import progress
         from clvr_jax.evaluation.steps import step_results
-        from clvr_jax.evaluation.steps.results import check_earlier
+        from clvr_jax.evaluation.steps.results import read_earlier
         from clvr_jax.evaluation.steps.run import generate_steps
         from clvr_jax.evaluation.verifier.generated import load_generator
 
-        if self.against is not None:
-            check_earlier(self.against, self.noises)
+        earlier = None if self.against is None else read_earlier(self.against, self.noises)
         generator = load_generator(self.model)
-        states = self._states()
-        if self.against is not None:
-            check_earlier(self.against, self.noises, states)
+        states = self._states(generator)
+        if earlier is not None:
+            earlier.check(states)
         with progress("steps benchmark", len(states) * self.noises) as advance:
             scores, control = generate_steps(generator, states, self.noises, self.seed, self.batch_size, advance)
         settings: dict[str, JSON] = {
@@ -87,9 +92,10 @@ class EvalSteps:
             "seed": self.seed,
             "noises": self.noises,
         }
-        return step_results(states, scores, control, settings, self.against)
+        return step_results(states, scores, control, settings, earlier)
 
-    def _states(self) -> "list[State]":
+    def _states(self, generator: "ImageGenerator") -> "list[State]":
+        """Returns the states; `generator` is that of `model`."""
         from clvr_jax.display.console import progress
         from clvr_jax.evaluation.steps import rendered_states, rollout_states
         from clvr_jax.evaluation.steps.states import num_loops
@@ -98,5 +104,6 @@ class EvalSteps:
         if self.histories == _RENDERED:
             return rendered_states(self.states, self.seed)
         with progress("histories", num_loops(self.states)) as advance:
-            generator = load_generator(self.histories)
+            if self.histories != self.model:
+                generator = load_generator(self.histories)
             return rollout_states(generator, self.states, self.seed, self.batch_size, advance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -49,12 +49,31 @@ class StepResults(TypedDict):
     steps: list[dict[str, JSON]]
 
 
+@dataclass(frozen=True)
+class EarlierRun:
+    """An earlier run to compare with.
+
+    path: of its results.json. states: fingerprint of its states. right: share of right images of each state.
+    """
+
+    path: Path
+    states: str
+    right: tuple[float, ...]
+
+    def check(self, states: Sequence[State]) -> None:
+        """Raises ClvrError if it was measured on other states."""
+        if self.states != fingerprint(states) or len(self.right) != len(states):
+            raise ClvrError(
+                f"{self.path}: was measured on other states; give both runs the same --histories, --states and --seed"
+            )
+
+
 def step_results(
     states: Sequence[State],
     scores: Sequence[Sequence[StepScore]],
     control: Sequence[Sequence[StepScore]],
     settings: Mapping[str, JSON],
-    against: Path | None = None,
+    earlier: EarlierRun | None = None,
 ) -> StepResults:
     """Returns the content of results.json.
 
@@ -63,8 +82,8 @@ def step_results(
       scores: of the images of each state.
       control: the scores of images against requests of other prompts.
       settings: model and options, recorded.
-      against: directory of an earlier run on the same states.
-    Raises: ClvrError if the earlier run has other states or another number of noises.
+      earlier: an earlier run on the same states, to compare with.
+    Raises: ClvrError if the earlier run has other states.
     """
     found = StepResults(
         benchmark=BENCHMARK,
@@ -85,12 +104,12 @@ def step_results(
     )
     if control:
         found["summary"][CONTROL] = _rates(control)
-    if against is not None:
-        before = check_earlier(against, len(scores[0]), states)
+    if earlier is not None:
+        earlier.check(states)
         now = [sum(each.right for each in own) / len(own) for own in scores]
-        found["against"] = str(against)
+        found["against"] = str(earlier.path.parent)
         found["differences"] = {
-            name: _difference([before[row] for row in rows], [now[row] for row in rows])
+            name: _difference([earlier.right[row] for row in rows], [now[row] for row in rows])
             for name, rows in _groups(states)
         }
     return found
@@ -128,34 +147,27 @@ def _difference(before: Sequence[float], now: Sequence[float]) -> StepDifference
     }
 
 
-def check_earlier(directory: Path, noises: int, states: Sequence[State] | None = None) -> list[float]:
-    """Returns the mean of "right" of each state of an earlier run.
+def read_earlier(directory: Path, noises: int) -> EarlierRun:
+    """Reads the results of an earlier run.
 
     Args:
-      directory: of the earlier run.
+      directory: of the run.
       noises: number of images of each state that it must have.
-      states: the states that it must have been measured on; None if they are not known yet.
-    Raises: ClvrError, one line, if it does not fit.
+    Raises: ClvrError, one line, for results of another benchmark or with another number of images.
     """
     path = directory / "results.json"
-    earlier = read_object(path)
-    if earlier.text("benchmark") != BENCHMARK:
-        raise ClvrError(f"{path}: has results of the benchmark {earlier.text('benchmark')!r}, not of {BENCHMARK!r}")
-    if states is not None and earlier.text("states") != fingerprint(states):
-        raise ClvrError(
-            f"{path}: was measured on other states; give both runs the same --histories, --states and --seed"
-        )
-    found = []
-    for step in earlier.objects("steps"):
-        right = [image.boolean("right") for image in step.objects("images")]
-        if len(right) != noises:
+    content = read_object(path)
+    if (benchmark := content.text("benchmark")) != BENCHMARK:
+        raise ClvrError(f"{path}: has results of the benchmark {benchmark!r}, not of {BENCHMARK!r}")
+    right = []
+    for step in content.objects("steps"):
+        images = [image.boolean("right") for image in step.objects("images")]
+        if len(images) != noises:
             raise ClvrError(
-                f"{path}: has {len(right)} images of a state, not {noises}; give both runs the same --noises"
+                f"{path}: has {len(images)} images of a state, not {noises}; give both runs the same --noises"
             )
-        found.append(sum(right) / noises)
-    if states is not None and len(found) != len(states):
-        raise ClvrError(f"{path}: has {len(found)} states, not {len(states)}; run it again")
-    return found
+        right.append(sum(images) / noises)
+    return EarlierRun(path, content.text("states"), tuple(right))
 
 
 def steps_table(results: StepResults) -> Table:

@@ -20,7 +20,7 @@ from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.trees import Params
 
 References = Float[Array, "b n c"] | tuple[ReferenceCache, ...]
-"""What an image sees of its references: their latent tokens, or the caches of their keys and values."""
+"""What an image attends to of its references: their latent tokens, or the caches of their keys and values."""
 
 
 def encode_text(

@@ -133,7 +133,7 @@ class ReferencePipeline(JittedPipeline):
             )
 
     def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> tuple[References, Grids]:
-        """Returns what images see of their references, and the sizes in tokens of those that enter as tokens.
+        """Returns what images attend to of their references, and the sizes in tokens of those that enter as tokens.
 
         Args:
           pixels: the references of each row, float32 (h, w, 3) in [-1, 1].

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.commands.eval.steps import EvalSteps
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import steps
-from clvr_jax.evaluation.steps.results import CONTROL, check_earlier
+from clvr_jax.evaluation.steps.results import CONTROL, read_earlier
 from clvr_jax.evaluation.steps.run import generate_steps
 from clvr_jax.evaluation.steps.states import KINDS, fingerprint
 from clvr_jax.reasoning.conversation.protocols import GeneratedImage, ImageGenerator
@@ -143,7 +144,7 @@ def test_two_runs_are_compared_state_by_state(tmp_path):
 
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results(Renderer(without_later_edits))))
-    found = results(Renderer(), against=tmp_path)
+    found = results(Renderer(), earlier=read_earlier(tmp_path, 2))
     difference = found["differences"]["all"]
     assert difference["difference"] == pytest.approx(1 - rate(json.loads(path.read_text()), "all", "right"))
     several = sum(len(state.images) > 1 for state in STATES)
@@ -156,12 +157,17 @@ def test_two_runs_are_compared_state_by_state(tmp_path):
 def test_runs_that_cannot_be_paired_are_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results(Renderer())))
     with pytest.raises(ClvrError, match="was measured on other states"):
-        check_earlier(tmp_path, 2, steps.rendered_states(40, seed=4))
+        read_earlier(tmp_path, 2).check(steps.rendered_states(40, seed=4))
     with pytest.raises(ClvrError, match="has 2 images of a state, not 3"):
-        check_earlier(tmp_path, 3)
+        read_earlier(tmp_path, 3)
     (tmp_path / "results.json").write_text(json.dumps({"benchmark": "planning"}))
     with pytest.raises(ClvrError, match="has results of the benchmark 'planning'"):
-        check_earlier(tmp_path, 2)
+        read_earlier(tmp_path, 2)
+
+
+def test_an_earlier_run_is_not_replaced_by_the_one_that_is_compared_with_it(tmp_path):
+    with pytest.raises(UsageError, match="--against and --out are both"):
+        EvalSteps(out=tmp_path / "run", against=tmp_path / "other" / ".." / "run")
 
 
 def test_histories_of_a_generator_have_its_images():

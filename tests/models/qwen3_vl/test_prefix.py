@@ -113,7 +113,7 @@ def test_replies_after_a_prefix_are_equal_and_end_in_the_cache(model, penalty):
     found = generate(model, suffixes, **options, return_cache=True)
     np.testing.assert_array_equal(found.tokens_bn, expected.tokens_bn)
     assert expected.cache is None
-    # The cache has all but the last token: those of a prompt that goes on with the reply.
+    # The cache has all but the last token: those of a prompt that continues with the reply.
     longer = [
         dataclasses.replace(whole, input_ids=[*whole.input_ids, *np.asarray(reply[:-1]).tolist()])
         for whole, reply in zip(conversations, found.tokens_bn, strict=True)
