@@ -20,7 +20,6 @@ from clvr_jax.reasoning.verification.verification import report
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.requirements import describe
-from tests.conftest import optimized
 from tests.helpers.models import save_small_qwen3_vl
 
 NEW = 12
@@ -104,19 +103,18 @@ def test_the_shipped_controller_replies_the_same_in_five_rounds():
     rng = np.random.default_rng(0)
     sources = [source for source in (simulate_trajectory(rng) for _ in range(20)) if source.canvases][:4]
     histories = [Conversation(source.prompt) for source in sources]
-    with optimized():
-        for number in range(5):
-            replies = VLMController(plain, agreement_retries=0).reply(histories)
-            assert VLMController(cached, agreement_retries=0).reply(histories) == replies
-            histories = [
-                Conversation(
-                    source.prompt,
-                    (*history.replies, reply),
-                    (*history.images, source.canvases[number % len(source.canvases)]),
-                    report=report(describe(detect(source.canvases[number % len(source.canvases)])), ["a red star"]),
-                )
-                for source, history, reply in zip(sources, histories, replies, strict=True)
-            ]
+    for number in range(5):
+        replies = VLMController(plain, agreement_retries=0).reply(histories)
+        assert VLMController(cached, agreement_retries=0).reply(histories) == replies
+        histories = [
+            Conversation(
+                source.prompt,
+                (*history.replies, reply),
+                (*history.images, source.canvases[number % len(source.canvases)]),
+                report=report(describe(detect(source.canvases[number % len(source.canvases)])), ["a red star"]),
+            )
+            for source, history, reply in zip(sources, histories, replies, strict=True)
+        ]
     assert len({reply for history in histories for reply in history.replies}) > 8
     assert reused(cached) > 0.4 * cached._prefixes.prompt_tokens
 
