@@ -29,6 +29,7 @@ Source: arXiv 2605.14876, trajectory-accumulative conditioning.
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from clvr_jax.tasks.shapes import sft_task
 from clvr_jax.training.checkpoint import CheckpointConfig
@@ -57,6 +58,10 @@ class Config:
     """Mix simulated trajectories with those of this directory, which `shapes_rollouts` wrote."""
     rollout_share: float = 0.5
     """Take this share of the examples from `--rollouts`, between 0 and 1."""
+    reference_cache: Literal["none", "image", "loop"] | None = None
+    """Train the model to attend to references like this: as tokens in every step (none), through keys and values that
+    are computed once for an image (image), or that are kept for the whole loop (loop). As the model does if it is not
+    given; it is written into the exported model."""
     dropout: float = 0.1
     """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
     guidance."""
@@ -75,6 +80,7 @@ def task(config: Config) -> Task:
         config.dataset,
         config.rollouts,
         rollout_share=config.rollout_share,
+        reference_cache=config.reference_cache,
         dropout=config.dropout,
         shift=config.shift,
         seed=config.train.seed,

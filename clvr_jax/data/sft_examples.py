@@ -159,16 +159,73 @@ class GenerationExamples:
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
         """Returns ids and mask (b, t) int32, references (b, r, h, w, 3) and target (b, h, w, 3) uint8."""
-        texts, images = [], []
-        for sample, rng in zip(samples, rngs, strict=True):
-            trajectory = self._dataset[sample.record].trajectory
-            _, shown = _history(trajectory)
-            text = self._fitted(sample.id, trajectory, sample.step).text
-            texts.append("" if rng.random() < self._dropout else text)
-            images.append(np.stack(_decoded(sample, shown[: sample.step + 1])))
-        ids, mask = encode_prompts(self._tokenizer, texts, (samples[0].padded,))
-        drawn = np.stack(images)
+        ids, mask = self.encode(
+            [self.text(sample, rng) for sample, rng in zip(samples, rngs, strict=True)], samples[0].padded
+        )
+        drawn = np.stack([self.images(sample) for sample in samples])
         return {"ids": ids, "mask": mask, "references": drawn[:, :-1], "target": drawn[:, -1]}
+
+    def text(self, sample: Sample, rng: np.random.Generator) -> str:
+        """Returns the conditioning text of a sample, or the empty text with the probability of `dropout`."""
+        text = self._fitted(sample.id, self._dataset[sample.record].trajectory, sample.step).text
+        return "" if rng.random() < self._dropout else text
+
+    def images(self, sample: Sample) -> np.ndarray:
+        """Returns the images up to and including the target, uint8 (step + 1, h, w, 3)."""
+        _, shown = _history(self._dataset[sample.record].trajectory)
+        return np.stack(_decoded(sample, shown[: sample.step + 1]))
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids and mask of texts, padded to the length, (texts, length) int32."""
+        return encode_prompts(self._tokenizer, list(texts), (length,))
+
+
+class PackedExamples:
+    """Examples for the diffusion model with all target images of a trajectory at once, which share their references.
+
+    They are for models with `reference_cache` "loop", whose references depend on earlier references only. Targets whose
+    texts are padded to different lengths are in different samples, because padding is part of the condition.
+
+    Attributes:
+      samples: one sample for each trajectory and length of its texts; the step is that of the last target.
+
+    Args:
+      examples: the single target images.
+    """
+
+    def __init__(self, examples: GenerationExamples):
+        self._examples = examples
+        self._targets: dict[tuple[int, int], list[Sample]] = {}
+        for sample in examples.samples:
+            self._targets.setdefault((sample.record, sample.padded), []).append(sample)
+        self.samples = tuple(
+            replace(
+                targets[-1],
+                shape=(len(targets), *targets[-1].shape),
+                length=max(target.length for target in targets),
+            )
+            for targets in self._targets.values()
+        )
+
+    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
+        """Returns a batch of b trajectories with n targets and r references each, all int32 but the images.
+
+        ids and mask (b, n, s); target (b, n, h, w, 3) and references (b, r, h, w, 3), uint8; seen (b, n), the number of
+        references of each target.
+        """
+        rows = [self._targets[sample.record, sample.padded] for sample in samples]
+        texts = [self._examples.text(each, rng) for row, rng in zip(rows, rngs, strict=True) for each in row]
+        encoded = self._examples.encode(texts, samples[0].padded)
+        ids, mask = (array.reshape(len(rows), len(rows[0]), -1) for array in encoded)
+        seen = np.array([[target.step for target in row] for row in rows], np.int32)
+        images = [self._examples.images(row[-1]) for row in rows]
+        return {
+            "ids": ids,
+            "mask": mask,
+            "references": np.stack([shown[:-1] for shown in images]),
+            "target": np.stack([shown[steps] for shown, steps in zip(images, seen, strict=True)]),
+            "seen": seen,
+        }
 
 
 class ConversationExamples:

@@ -6,18 +6,17 @@ process the concatenation of text and image; their attention and MLP share one i
 Source: `Flux2Transformer2DModel` (diffusers); attribute names are its keys.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from clvr_jax.models.common.layers import sinusoidal_embedding
 from clvr_jax.models.flux2.config import Flux2TransformerConfig
-from clvr_jax.models.flux2.reference_cache import KeyValue, attend
+from clvr_jax.models.flux2.reference_cache import Attend, KeyValue, attend
 from clvr_jax.sharding import with_logical_constraint
 
 Rotary = tuple[Float[Array, "n f"], Float[Array, "n f"]]
@@ -146,10 +145,9 @@ class JointAttention(nnx.Module):
         image_btd: Float[Array, "b t d"],
         text_btd: Float[Array, "b s d"],
         rotary: Rotary,
-        mask_bt: Bool[Array, "b s+t"] | None,
-        cached: Sequence[KeyValue] = (),
+        attend: Attend,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
-        """Returns the attention output of image and text, (b, t, d) each; mask_bt, cached: see `attend`."""
+        """Returns the attention output of image and text, (b, t, d) each."""
         heads = self._heads
         query = self.norm_q(heads(self.to_q(image_btd)))
         key = self.norm_k(heads(self.to_k(image_btd)))
@@ -158,18 +156,18 @@ class JointAttention(nnx.Module):
         value = heads(jnp.concatenate([self.add_v_proj(text_btd), self.to_v(image_btd)], axis=1))
         query = _rotate(jnp.concatenate([text_query, query], axis=1), rotary)
         key = _rotate(jnp.concatenate([text_key, key], axis=1), rotary)
-        out = attend(query, KeyValue(key, value), cached, mask_bt)
+        out = attend(query, KeyValue(key, value))
         text = text_btd.shape[1]
         return self.to_out[0](out[:, text:]), self.to_add_out(out[:, :text])
 
     def references(
-        self, x_btd: Float[Array, "b t d"], rotary: Rotary, earlier: Sequence[KeyValue]
+        self, x_btd: Float[Array, "b t d"], rotary: Rotary, attend: Attend
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
-        """Returns the attention output of reference tokens, which attend to earlier ones too, and their own cache."""
+        """Returns the attention output of reference tokens, and their own keys and values."""
         query = _rotate(self.norm_q(self._heads(self.to_q(x_btd))), rotary)
         key = _rotate(self.norm_k(self._heads(self.to_k(x_btd))), rotary)
         own = KeyValue(key, self._heads(self.to_v(x_btd)))
-        return self.to_out[0](attend(query, own, earlier)), own
+        return self.to_out[0](attend(query, own)), own
 
     def _heads(self, x_btd: jax.Array) -> jax.Array:
         return x_btd.reshape(*x_btd.shape[:2], -1, self.head_dim)
@@ -191,12 +189,11 @@ class TransformerBlock(nnx.Module):
         image_modulation: Float[Array, "b #t 6*d"],
         text_modulation: Float[Array, "b #s 6*d"],
         rotary: Rotary,
-        mask_bt: Bool[Array, "b s+t"] | None = None,
-        cached: Sequence[KeyValue] = (),
+        attend: Attend = attend,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
         """Returns image and text. Modulations: (b, 1 or t, 6 d): shift, scale, gate of attention, then of the MLP.
 
-        mask_bt, cached: see `attend`.
+        attend: what the queries attend to, their own sequence if not given.
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(image_modulation, 6, axis=-1)
         text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = jnp.split(
@@ -206,8 +203,7 @@ class TransformerBlock(nnx.Module):
             _modulated_norm(image_btd, shift, scale, self.eps),
             _modulated_norm(text_btd, text_shift, text_scale, self.eps),
             rotary,
-            mask_bt,
-            cached,
+            attend,
         )
         image_btd += gate * image_out
         image_btd += mlp_gate * self.ff(_modulated_norm(image_btd, mlp_shift, mlp_scale, self.eps))
@@ -220,14 +216,14 @@ class TransformerBlock(nnx.Module):
         x_btd: Float[Array, "b t d"],
         modulation: Float[Array, "b 1 6*d"],
         rotary: Rotary,
-        earlier: Sequence[KeyValue],
+        attend: Attend,
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
         """Returns reference tokens after the block, with their keys and values; the text has no part in it.
 
-        modulation: of the image stream. earlier: keys and values of references that these attend to as well.
+        modulation: of the image stream. attend: what the queries attend to.
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(modulation, 6, axis=-1)
-        out, own = self.attn.references(_modulated_norm(x_btd, shift, scale, self.eps), rotary, earlier)
+        out, own = self.attn.references(_modulated_norm(x_btd, shift, scale, self.eps), rotary, attend)
         x_btd += gate * out
         return x_btd + mlp_gate * self.ff(_modulated_norm(x_btd, mlp_shift, mlp_scale, self.eps)), own
 
@@ -246,16 +242,15 @@ class ParallelSelfAttention(nnx.Module):
         self,
         x_btd: Float[Array, "b t d"],
         rotary: Rotary,
-        mask_bt: Bool[Array, "b t"] | None,
-        cached: Sequence[KeyValue] = (),
+        attend: Attend,
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
-        """Returns the output, (b, t, d), and the tokens' own keys and values; mask_bt, cached: see `attend`."""
+        """Returns the output, (b, t, d), and the tokens' own keys and values."""
         b, t, d = x_btd.shape
         projected = self.to_qkv_mlp_proj(x_btd)
         query, key, value, hidden = jnp.split(projected, (d, 2 * d, 3 * d), axis=-1)
         query, key, value = (x.reshape(b, t, -1, self.head_dim) for x in (query, key, value))
         own = KeyValue(_rotate(self.norm_k(key), rotary), value)
-        out = attend(_rotate(self.norm_q(query), rotary), own, cached, mask_bt)
+        out = attend(_rotate(self.norm_q(query), rotary), own)
         return self.to_out(jnp.concatenate([out, _swiglu(hidden)], axis=-1)), own
 
 
@@ -271,15 +266,15 @@ class SingleTransformerBlock(nnx.Module):
         x_btd: Float[Array, "b t d"],
         modulation: Float[Array, "b #t 3*d"],
         rotary: Rotary,
-        mask_bt: Bool[Array, "b t"] | None = None,
-        cached: Sequence[KeyValue] = (),
+        attend: Attend = attend,
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
         """Returns the tokens after the block, (b, t, d), and their keys and values.
 
-        modulation: (b, 1 or t, 3 d), shift, scale and gate. mask_bt, cached: see `attend`.
+        modulation: (b, 1 or t, 3 d), shift, scale and gate. attend: what the queries attend to, their own sequence if
+        not given.
         """
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
-        out, own = self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, mask_bt, cached)
+        out, own = self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, attend)
         return x_btd + gate * out, own
 
 

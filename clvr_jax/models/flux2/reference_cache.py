@@ -4,11 +4,12 @@ In a model that was trained for it, reference tokens attend to reference tokens 
 Their keys and values then depend neither on the text, nor on the noise, nor on the timestep.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from clvr_jax.models.common.attention import attention
@@ -27,6 +28,11 @@ class KeyValue(NamedTuple):
     def constrained(self) -> "KeyValue":
         """Returns the keys and values of one block, sharded as attention takes them: by rows and heads."""
         return KeyValue(*(with_logical_constraint(x, "batch", None, "heads", None) for x in self))
+
+    def shared_by(self, rows: int) -> "KeyValue":
+        """Returns the keys and values of one block for `rows` rows, each row of them repeated consecutively."""
+        repeats = rows // len(self.key)
+        return self if repeats == 1 else KeyValue(*(jnp.repeat(x, repeats, axis=0) for x in self)).constrained()
 
 
 class ReferenceCache(NamedTuple):
@@ -59,25 +65,62 @@ class ReferenceCache(NamedTuple):
         return self if repeats == 1 else jax.tree.map(lambda x: jnp.tile(x, (1, repeats, 1, 1, 1)), self)
 
 
+Attend = Callable[[Float[Array, "b q n h"], KeyValue], Float[Array, "b q d"]]
+"""(queries after norm and rotation, keys and values of their own sequence) -> attention, heads merged."""
+
+
 def attend(
     query_bqnh: Float[Array, "b q n h"],
     own: KeyValue,
     references: Sequence[KeyValue] = (),
     mask_bt: Bool[Array, "b t"] | None = None,
+    reference_mask_bk: Bool[Array, "b k"] | None = None,
 ) -> Float[Array, "b q d"]:
     """Returns the attention of queries to their own sequence and to cached references, heads merged.
 
     Args:
       query_bqnh: queries, after norm and rotation.
       own: keys and values of the sequence that the queries belong to.
-      references: keys and values of cached references, which all queries attend to.
+      references: keys and values of cached references. Of r times fewer rows than the queries, each row serves r
+        consecutive rows of queries.
       mask_bt: `key_mask_bk` of `attention` for the keys of `own`.
+      reference_mask_bk: the same for the keys of all references; None attends to all of them.
     """
     key_bknh, value_bknh = own
     if references:
-        key_bknh, value_bknh = (jnp.concatenate(parts, axis=1) for parts in zip(own, *references, strict=True))
-        if mask_bt is not None:
-            cached = key_bknh.shape[1] - mask_bt.shape[1]
-            mask_bt = jnp.pad(mask_bt, ((0, 0), (0, cached)), constant_values=True)
+        shared = [reference.shared_by(len(query_bqnh)) for reference in references]
+        key_bknh, value_bknh = (jnp.concatenate(parts, axis=1) for parts in zip(own, *shared, strict=True))
+        if mask_bt is not None or reference_mask_bk is not None:
+            rows, tokens = own.key.shape[:2]
+            cached = key_bknh.shape[1] - tokens
+            mask_bt = jnp.ones((rows, tokens), bool) if mask_bt is None else mask_bt
+            visible = jnp.ones((rows, cached), bool) if reference_mask_bk is None else reference_mask_bk
+            mask_bt = jnp.concatenate([mask_bt, visible], axis=1)
     out = attention(query_bqnh, key_bknh, value_bknh, key_mask_bk=mask_bt)
     return out.reshape(*out.shape[:2], -1)
+
+
+def attend_to_earlier(
+    query_bqnh: Float[Array, "b q n h"],
+    own: KeyValue,
+    references: Sequence[KeyValue] = (),
+    *,
+    lengths: Sequence[int] = (),
+) -> Float[Array, "b q d"]:
+    """Returns the attention of reference tokens to those of the same reference and of earlier ones, heads merged.
+
+    There is one product for each reference instead of a mask, so that no kernel computes what the mask would discard.
+
+    Args:
+      query_bqnh, own, references: see `attend`.
+      lengths: number of tokens of each reference in the sequence; () is one reference.
+    """
+    if len(lengths) < 2:
+        return attend(query_bqnh, own, references)
+    query_bqnh, own = with_logical_constraint(query_bqnh, "batch", None, "heads", None), own.constrained()
+    ends = np.cumsum(lengths).tolist()
+    parts = [
+        attend(query_bqnh[:, start:end], KeyValue(own.key[:, :end], own.value[:, :end]), references)
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return jnp.concatenate(parts, axis=1)

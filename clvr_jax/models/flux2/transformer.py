@@ -8,6 +8,7 @@ Source: FLUX.2 by Black Forest Labs, `Flux2Transformer2DModel` (diffusers); attr
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from clvr_jax.models.flux2.blocks import (
 )
 from clvr_jax.models.flux2.config import Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import host_ids, rotary_tables
-from clvr_jax.models.flux2.reference_cache import KeyValue, ReferenceCache
+from clvr_jax.models.flux2.reference_cache import Attend, KeyValue, ReferenceCache, attend, attend_to_earlier
 from clvr_jax.sharding import with_logical_constraint
 
 
@@ -96,6 +97,7 @@ class Flux2Transformer(nnx.Module):
         *,
         mask_bt: Bool[Array, "b s+t"] | None = None,
         cached: Sequence[ReferenceCache] = (),
+        cached_mask_bk: Bool[Array, "b k"] | None = None,
         return_hidden_states: bool = False,
     ) -> Float[Array, "b t p"] | tuple[Float[Array, "b t p"], Flux2HiddenStates]:
         """Predicts the velocity of every image token, references included (the caller drops those).
@@ -109,13 +111,15 @@ class Flux2Transformer(nnx.Module):
           guidance_b: (b,) guidance scale, required if the model embeds guidance and an error otherwise.
           mask_bt: (b, text + image tokens) boolean, False at padding that no token may attend to. The published models
             are run without it: they attend to all 512 text positions.
-          cached: references that text and image attend to, from `reference_cache`, instead of reference tokens.
+          cached: references that text and image attend to, from `reference_cache`, instead of reference tokens. Of r
+            times fewer rows than the batch, each row of them serves r consecutive rows.
+          cached_mask_bk: (b, tokens of all of them) boolean, False at tokens that a row does not attend to.
           return_hidden_states: also return the residual stream after every block.
         Returns: (b, image tokens, patch_size ** 2 * out_channels) in the compute dtype, or that and the hidden states.
         Raises: ClvrError if shapes disagree, ids are traced, a cache is of another model, dtype or batch, or guidance
           is missing or not supported.
         """
-        self._check(hidden_states_btc, guidance_b, cached)
+        self._check(hidden_states_btc, guidance_b, cached, cached_mask_bk)
         _check_features("encoder_hidden_states", encoder_hidden_states_btd, self.config.joint_attention_dim)
         text = encoder_hidden_states_btd.shape[1]
         rotary = self._rotary(("txt_ids", txt_ids, text), ("img_ids", img_ids, hidden_states_btc.shape[1]))
@@ -125,10 +129,13 @@ class Flux2Transformer(nnx.Module):
         text_modulation = self.double_stream_modulation_txt(embedding_bd)
         modulation = self.single_stream_modulation(embedding_bd)
 
+        def attention_to(references: tuple[KeyValue, ...]) -> Attend:
+            return partial(attend, references=references, mask_bt=mask_bt, reference_mask_bk=cached_mask_bk)
+
         def double(
             block: TransformerBlock, carry: tuple[jax.Array, jax.Array], references: tuple[KeyValue, ...]
         ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-            image, text = block(*carry, image_modulation, text_modulation, rotary, mask_bt, references)
+            image, text = block(*carry, image_modulation, text_modulation, rotary, attention_to(references))
             carry = (
                 with_logical_constraint(image, "batch", "tokens", None),
                 with_logical_constraint(text, "batch", "tokens", None),
@@ -138,7 +145,7 @@ class Flux2Transformer(nnx.Module):
         def single(
             block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
         ) -> tuple[jax.Array, jax.Array | None]:
-            x_btd, _ = block(x_btd, modulation, rotary, mask_bt, references)
+            x_btd, _ = block(x_btd, modulation, rotary, attention_to(references))
             x_btd = with_logical_constraint(x_btd, "batch", "tokens", None)
             return x_btd, x_btd if return_hidden_states else None
 
@@ -164,6 +171,7 @@ class Flux2Transformer(nnx.Module):
         guidance_b: Float[Array, " b"] | None = None,
         *,
         earlier: Sequence[ReferenceCache] = (),
+        lengths: Sequence[int] = (),
     ) -> ReferenceCache:
         """Returns the keys and values of reference tokens, which depend on nothing but the references.
 
@@ -175,25 +183,32 @@ class Flux2Transformer(nnx.Module):
           img_ids: (tokens, 4), see `position_ids.reference_ids`.
           guidance_b: as in a call.
           earlier: caches of earlier references, which these attend to as well.
-        Raises: ClvrError as a call does.
+          lengths: number of tokens of each reference, if reference k attends to references 1 to k only; () lets all
+            tokens attend to each other.
+        Raises: ClvrError as a call does, and if the lengths are of another number of tokens.
         Source: the extraction at the first step of `Flux2KleinKVPipeline` (diffusers).
         """
         self._check(hidden_states_btc, guidance_b, earlier)
+        if lengths and sum(lengths) != hidden_states_btc.shape[1]:
+            raise ClvrError(f"reference cache: lengths {tuple(lengths)} for {hidden_states_btc.shape[1]} tokens")
         rotary = self._rotary(("img_ids", img_ids, hidden_states_btc.shape[1]))
         embedding_bd = self.time_guidance_embed(jnp.zeros(len(hidden_states_btc)), guidance_b)
         image_modulation = self.double_stream_modulation_img(embedding_bd)
         modulation = self.single_stream_modulation(embedding_bd)
 
+        def attention_to(references: tuple[KeyValue, ...]) -> Attend:
+            return partial(attend_to_earlier, references=references, lengths=lengths)
+
         def double(
             block: TransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
         ) -> tuple[jax.Array, KeyValue]:
-            x_btd, own = block.references(x_btd, image_modulation, rotary, references)
+            x_btd, own = block.references(x_btd, image_modulation, rotary, attention_to(references))
             return with_logical_constraint(x_btd, "batch", "tokens", None), own.constrained()
 
         def single(
             block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
         ) -> tuple[jax.Array, KeyValue]:
-            x_btd, own = block(x_btd, modulation, rotary, cached=references)
+            x_btd, own = block(x_btd, modulation, rotary, attention_to(references))
             return with_logical_constraint(x_btd, "batch", "tokens", None), own.constrained()
 
         of_double, of_single = tuple(cache.double for cache in earlier), tuple(cache.single for cache in earlier)
@@ -216,7 +231,13 @@ class Flux2Transformer(nnx.Module):
         cos, sin = rotary_tables(np.concatenate(checked), axes, self.config.rope_theta)
         return jnp.asarray(cos), jnp.asarray(sin)
 
-    def _check(self, tokens: jax.Array, guidance_b: jax.Array | None, cached: Sequence[ReferenceCache]) -> None:
+    def _check(
+        self,
+        tokens: jax.Array,
+        guidance_b: jax.Array | None,
+        cached: Sequence[ReferenceCache],
+        cached_mask_bk: jax.Array | None = None,
+    ) -> None:
         _check_features("hidden_states", tokens, self.config.in_channels)
         if self.config.guidance_embeds and guidance_b is None:
             raise ClvrError("this FLUX.2 model embeds a guidance scale; pass guidance_b")
@@ -225,10 +246,14 @@ class Flux2Transformer(nnx.Module):
                 "this FLUX.2 model embeds no guidance scale; omit guidance_b and use classifier_free_guidance"
             )
         rows, size = len(tokens), (self.config.num_attention_heads, self.config.attention_head_dim)
+        number = sum(cache.tokens for cache in cached)
+        if cached_mask_bk is not None and cached_mask_bk.shape != (rows, number):
+            raise ClvrError(f"cached_mask_bk has shape {cached_mask_bk.shape}; expected {(rows, number)}")
         for cache in cached:
+            shared = cache.rows if cache.rows and not rows % cache.rows else rows
             for name, depth in (("double", self.config.num_layers), ("single", self.config.num_single_layers)):
                 for array in getattr(cache, name):
-                    expected = (depth, rows, cache.tokens, *size)
+                    expected = (depth, shared, cache.tokens, *size)
                     if array.shape != expected or array.dtype != self.dtype:
                         raise ClvrError(
                             f"reference cache: {name} is {array.dtype} {array.shape}; this model takes "

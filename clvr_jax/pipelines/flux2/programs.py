@@ -17,6 +17,7 @@ from clvr_jax.models.common.layers import read_only_weights
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer, ReferenceCache
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.pipelines.flux2.settings import ReferenceMode
 from clvr_jax.trees import Params
 
 References = Float[Array, "b n c"] | tuple[ReferenceCache, ...]
@@ -73,6 +74,23 @@ def cache_references(
         return transformer.reference_cache(tokens_btc, reference_ids(sizes, first), earlier=earlier)
 
 
+def attended_references(
+    transformer: Flux2Transformer, tokens_btc: jax.Array, sizes: Sequence[tuple[int, int]], mode: ReferenceMode
+) -> References:
+    """Returns what images attend to of their references, as a model of this mode does; it can be differentiated.
+
+    Args:
+      transformer: the model.
+      tokens_btc: (b, tokens of all references, c).
+      sizes: (height, width) of each reference in tokens.
+      mode: see `ReferenceMode`.
+    """
+    if mode == "none" or not sizes:
+        return tokens_btc
+    lengths = [height * width for height, width in sizes] if mode == "loop" else ()
+    return (transformer.reference_cache(tokens_btc, reference_ids(list(sizes)), lengths=lengths),)
+
+
 def decode(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, tokens_bhwc: jax.Array) -> jax.Array:
     """Decodes latent tokens to images: (b, h / 16, w / 16, c) -> float32 (b, h, w, 3) in [0, 1]."""
     images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
@@ -109,6 +127,35 @@ def velocity_field(
         out = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]), cached=caches)
         assert isinstance(out, jax.Array)
         return out[:, : latents_btc.shape[1]]
+
+    return velocity
+
+
+def packed_velocity_field(
+    transformer: Flux2Transformer, references_btc: jax.Array, grid: tuple[int, int], seen_bn: jax.Array
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns the velocity function of n images of each trajectory, which share the keys and values of references.
+
+    Reference k attends to references 1 to k, as in the mode "loop", so one computation of each serves all later images.
+
+    Args:
+      transformer: the model.
+      references_btc: (b, tokens of all references, c), in order and all of one size.
+      grid: (height, width) of each image and each reference in tokens.
+      seen_bn: (b, n) number of references that an image attends to, the first ones.
+    Returns: (latents_btc, timesteps (b * n,), text_btd) -> (b * n, t, c); the n images of a trajectory follow each
+      other.
+    """
+    tokens, number = grid[0] * grid[1], references_btc.shape[1] // (grid[0] * grid[1])
+    cached = attended_references(transformer, references_btc, [grid] * number, "loop")
+    caches = cached if isinstance(cached, tuple) else ()
+    mask_bk = jnp.arange(number * tokens) < seen_bn.reshape(-1, 1) * tokens if number else None
+
+    def velocity(latents_btc: jax.Array, timestep_b: jax.Array, text_btd: jax.Array) -> jax.Array:
+        ids = latent_ids(*grid), text_ids(text_btd.shape[1])
+        out = transformer(latents_btc, text_btd, timestep_b, *ids, cached=caches, cached_mask_bk=mask_bk)
+        assert isinstance(out, jax.Array)
+        return out
 
     return velocity
 

@@ -11,7 +11,7 @@ from clvr_jax.cost_model.flops import Flops
 from clvr_jax.diffusion import flow_sigmas
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2.programs import encode_references, encode_text, velocity_field
+from clvr_jax.pipelines.flux2.programs import attended_references, encode_references, encode_text, velocity_field
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights
 from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
@@ -74,6 +74,7 @@ def distill_task(
     graphdef = models.training_graphdef(dtype, remat)
     text_encoder_def, vae_def, counts = models.text_encoder.graphdef, models.vae.graphdef, models.counts
     channels, empty_text = models.transformer.config.in_channels, models.empty_text
+    mode = models.settings.reference_cache
 
     def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         rows, grid = len(data["ids"]), tuple(side // token for side in data["target"].shape[1:3])
@@ -86,7 +87,9 @@ def distill_task(
             model = nnx.merge(graphdef, weights)
 
             def field(x: jax.Array, t: jax.Array, condition: Params) -> jax.Array:
-                return velocity_field(model, condition["references"], grid, [grid] * count)(x, t, condition["text"])
+                sizes = [grid] * count
+                references = attended_references(model, condition["references"], sizes, mode)
+                return velocity_field(model, references, grid, sizes)(x, t, condition["text"])
 
             return field
 

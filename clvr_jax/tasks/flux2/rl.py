@@ -19,7 +19,13 @@ from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.diffusion import FlowProcess, classifier_free_guidance, euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2.programs import decode, encode_references, encode_text, velocity_field
+from clvr_jax.pipelines.flux2.programs import (
+    attended_references,
+    decode,
+    encode_references,
+    encode_text,
+    velocity_field,
+)
 from clvr_jax.rewards import Reward
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask, Predictor
 from clvr_jax.sharding import replicate
@@ -118,7 +124,7 @@ def flux2_policy(models: Flux2Models, sampler: Sampler, remat: str) -> Diffusion
     if sampler.size % vae_config.token_pixels:
         raise UsageError(f"size {sampler.size}: must be a multiple of {vae_config.token_pixels} pixels")
     side = sampler.size // vae_config.token_pixels
-    grid, tokens = (side, side), side * side
+    grid, tokens, mode = (side, side), side * side, models.settings.reference_cache
     sigmas = flow_sigmas(sampler.steps, tokens)
 
     def encode_conditions(frozen: Params, data: Batch) -> dict[str, jax.Array]:
@@ -137,9 +143,10 @@ def flux2_policy(models: Flux2Models, sampler: Sampler, remat: str) -> Diffusion
         return found
 
     def predictor(weights: Params, conditions: dict[str, jax.Array]) -> Predictor:
-        references = conditions["references"]
-        count = references.shape[1] // tokens
-        field = velocity_field(nnx.merge(graphdef, weights), references, grid, [grid] * count)
+        model = nnx.merge(graphdef, weights)
+        sizes = [grid] * (conditions["references"].shape[1] // tokens)
+        references = attended_references(model, conditions["references"], sizes, mode)
+        field = velocity_field(model, references, grid, sizes)
         if "empty" not in conditions:
             return lambda x, t_b: field(x, t_b, conditions["text"])
 

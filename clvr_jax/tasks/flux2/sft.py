@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clvr_jax.pipelines.flux2.programs import velocity_field
+from clvr_jax.pipelines.flux2.programs import attended_references, packed_velocity_field, velocity_field
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights
-from clvr_jax.tasks.flux2.models import Flux2Models
-from clvr_jax.training.objectives.sft import drawing_loss
+from clvr_jax.tasks.flux2.models import Flux2Models, has_packed_rows
+from clvr_jax.training.objectives.sft import Field, drawing_loss, packed_drawing_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.trees import Batch, Params
@@ -24,7 +24,7 @@ class FlowMatchingConfig:
     model: str = ""
     """Start from this model: a pipeline directory or a Hugging Face id; it must be given to train."""
     batch_size: int = 64
-    """Number of target images in a step, over all devices."""
+    """Number of target images in a step, over all devices; of trajectories, if their images are trained on at once."""
     dropout: float = 0.1
     """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
     guidance."""
@@ -46,7 +46,8 @@ def sft_task(
     Args:
       models: the initial model, loaded or abstract. The text encoder and the VAE are frozen.
       config, train: options of the run.
-      batches: of the form of `Flux2Models.abstract_batches`.
+      batches: of the form of `Flux2Models.abstract_batches`, or of `abstract_packed_batches` for a model with
+        `reference_cache` "loop".
       export: of the trained weights.
     """
     params = cast_weights(models.transformer.weights, jnp.float32)
@@ -67,9 +68,13 @@ def flow_matching_task(
     transformer_def = models.training_graphdef(dtype, config.remat)
     text_encoder_def, vae_def, counts = models.text_encoder.graphdef, models.vae.graphdef, models.counts
 
+    mode = models.settings.reference_cache
+
     def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        grid = tuple(side // token for side in data["target"].shape[1:3])
+        height, width = data["target"].shape[-3:-1]
+        grid = height // token, width // token
         count = data["references"].shape[1]
+        sizes = [grid] * count
         text_encoder = nnx.merge(text_encoder_def, frozen["text_encoder"])
         vae = nnx.merge(vae_def, replicate(frozen["vae"]))
 
@@ -82,18 +87,18 @@ def flow_matching_task(
             return flat
 
         model = nnx.merge(transformer_def, params)
-        value = drawing_loss(
-            encode_text,
-            encode_images,
-            lambda references: velocity_field(model, references, grid, [grid] * count),
-            data,
-            key,
-            config.shift,
-        )
+
+        def field(references: jax.Array) -> Field:
+            if has_packed_rows(data):
+                return packed_velocity_field(model, references, grid, data["seen"])
+            return velocity_field(model, attended_references(model, references, sizes, mode), grid, sizes)
+
+        loss_of = packed_drawing_loss if has_packed_rows(data) else drawing_loss
+        value = loss_of(encode_text, encode_images, field, data, key, config.shift)
         return value, {f"loss_{count}_references": value}
 
     def encoders_forward(batch: Batch) -> float:
-        return counts.encoders(batch, images=batch["references"].shape[1] + 1).forward
+        return counts.encoders(batch, images=batch["references"].shape[1] + counts.targets(batch)).forward
 
     blocks = f"{models.transformer.config.num_layers} + {models.transformer.config.num_single_layers} blocks"
     return Task(

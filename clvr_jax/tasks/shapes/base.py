@@ -12,7 +12,8 @@ from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_vae
-from clvr_jax.pipelines.flux2.programs import velocity_field
+from clvr_jax.pipelines.flux2.programs import attended_references, velocity_field
+from clvr_jax.pipelines.flux2.settings import ReferenceMode
 from clvr_jax.tasks.shapes.batches import batch
 from clvr_jax.tasks.shapes.sizes import GRID, SETTINGS, TRANSFORMER, TRANSFORMER_START, VAE
 from clvr_jax.training.objectives import sft
@@ -28,9 +29,10 @@ def drawing_loss(
     data: dict[str, jax.Array],
     key: jax.Array,
     shift: float,
+    reference_cache: ReferenceMode = "none",
 ) -> jax.Array:
     """Computes the flow-matching loss of the target's latents, given text and references; see `objectives.sft`."""
-    count = data["references"].shape[1]
+    sizes = [GRID] * data["references"].shape[1]
 
     def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.concatenate(text_encoder.hidden_states(ids, mask, SETTINGS.text_encoder_out_layers), axis=-1)
@@ -38,7 +40,9 @@ def drawing_loss(
     return sft.drawing_loss(
         encode_text,
         lambda images: vae.encode_tokens(images).reshape(len(images), -1, VAE.token_channels),
-        lambda references: velocity_field(transformer, references, GRID, [GRID] * count),
+        lambda tokens: velocity_field(
+            transformer, attended_references(transformer, tokens, sizes, reference_cache), GRID, sizes
+        ),
         data,
         key,
         shift,

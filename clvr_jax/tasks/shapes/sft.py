@@ -3,6 +3,7 @@
 Source: arXiv 2605.14876, trajectory-accumulative conditioning.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ from clvr_jax.data.trajectories.dataset import TrajectoryDataset, saved_trajecto
 from clvr_jax.errors import UsageError
 from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae, read_flux2_settings
+from clvr_jax.pipelines.flux2.settings import ReferenceMode
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.tasks.shapes.base import drawing_loss
 from clvr_jax.tasks.shapes.batches import Kind, batch
@@ -115,6 +117,7 @@ def sft_task(
     rollouts: Path | None = None,
     *,
     rollout_share: float = 0.5,
+    reference_cache: ReferenceMode | None = None,
     dropout: float,
     shift: float,
     seed: int,
@@ -127,6 +130,8 @@ def sft_task(
       rollouts: directory of trajectories of the oracle with this generator, mixed with simulated ones; not together
         with `dataset`.
       rollout_share: see `rollout_kinds`.
+      reference_cache: how images attend to references, as in the initial model if None. Images are trained on one by
+        one, because an image here has 16 tokens, a text some hundred, and those of a trajectory differ in length.
       dropout: fraction of texts that are replaced by the empty text.
       shift: see `sample_timesteps`.
       seed: of the batches.
@@ -139,6 +144,7 @@ def sft_task(
         raise UsageError(f"--rollout-share must be between 0 and 1, got {rollout_share}")
     directory, name = resolve(base)
     tokenizer = load_tokenizer(directory / "tokenizer")
+    mode = reference_cache or read_flux2_settings(directory, name, Flux2Settings).reference_cache
     kinds = SFT_KINDS
     if dataset is not None:
         kinds = recorded_kinds(recorded_examples(dataset, tokenizer))
@@ -150,6 +156,8 @@ def sft_task(
     transformer_def, transformer = nnx.split(load_transformer(directory / name))
     (encoder_def, encoder_state), (vae_def, vae_state) = nnx.split(encoder), nnx.split(vae)
 
+    settings = dataclasses.replace(SETTINGS, reference_cache=mode)
+
     def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value = drawing_loss(
             nnx.merge(transformer_def, params),
@@ -158,11 +166,12 @@ def sft_task(
             data,
             key,
             shift,
+            mode,
         )
         return value, {f"loss_{data['references'].shape[1]}_references": value}
 
     def export(ema: Params, directory: Path) -> None:
-        pipeline = Flux2Pipeline(nnx.merge(transformer_def, ema), vae, encoder, tokenizer, SETTINGS)
+        pipeline = Flux2Pipeline(nnx.merge(transformer_def, ema), vae, encoder, tokenizer, settings)
         pipeline.save_pretrained(str(directory), dtype="float16")
 
     return Task(

@@ -15,18 +15,20 @@ from clvr_jax.diffusion.noise_schedule import NoiseSchedule
 Velocity = Callable[[Float[Array, "b t c"], Float[Array, " b"]], Float[Array, "b t c"]]
 
 
-def sample_timesteps(key: PRNGKeyArray, batch: int, shift: float) -> Float[Array, " batch"]:
+def sample_timesteps(key: PRNGKeyArray, batch: int, shift: float, *, shuffle: bool = False) -> Float[Array, " batch"]:
     """Samples (batch,) timesteps in (0, 1): uniform, and shifted towards noise as the sampler's schedule is.
 
     t = shift u / (1 + (shift - 1) u); shift 1 leaves them uniform. They are stratified over the batch, which keeps
-    their distribution and lowers the variance of the loss.
+    their distribution and lowers the variance of the loss; row i has stratum i unless they are shuffled.
     """
     strata = (jnp.arange(batch) + jax.random.uniform(key, (batch,))) / batch
+    if shuffle:
+        strata = jax.random.permutation(jax.random.fold_in(key, 1), strata)
     return shift * strata / (1 + (shift - 1) * strata)
 
 
 def flow_matching_loss(
-    velocity: Velocity, x0_btc: Float[Array, "b t c"], key: PRNGKeyArray, shift: float
+    velocity: Velocity, x0_btc: Float[Array, "b t c"], key: PRNGKeyArray, shift: float, *, shuffle: bool = False
 ) -> Float[Array, ""]:
     """Computes the mean squared error of the velocity at random timesteps (rectified flow).
 
@@ -35,11 +37,12 @@ def flow_matching_loss(
       x0_btc: clean latents.
       key: for noise and timesteps.
       shift: see `sample_timesteps`.
+      shuffle: whether the order of the rows says something about them, so that timesteps must not follow it.
     Returns: scalar, float32.
     """
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, x0_btc.shape, x0_btc.dtype)
-    t = sample_timesteps(time_key, x0_btc.shape[0], shift)
+    t = sample_timesteps(time_key, x0_btc.shape[0], shift, shuffle=shuffle)
     t_b11 = t[:, None, None].astype(x0_btc.dtype)
     predicted = velocity((1 - t_b11) * x0_btc + t_b11 * noise, t)
     return jnp.mean(jnp.square((predicted - (noise - x0_btc)).astype(jnp.float32)))

@@ -33,15 +33,48 @@ def drawing_loss(
     """
     text_bsd = encode_text(data["ids"], data["mask"])
     images = jnp.concatenate([data["target"][:, None], data["references"]], axis=1)
+    tokens_bntc = _encode_all(encode_images, images)
+    x0_btc, references_bntc = tokens_bntc[:, 0], tokens_bntc[:, 1:]
+    velocity = field(references_bntc.reshape(x0_btc.shape[0], -1, x0_btc.shape[-1]))
+    return flow_matching_loss(lambda x, t: velocity(x, t, text_bsd), x0_btc, key, shift)
+
+
+def packed_drawing_loss(
+    encode_text: Callable[[jax.Array, jax.Array], jax.Array],
+    encode_images: Callable[[jax.Array], jax.Array],
+    field: Callable[[jax.Array], Field],
+    data: Mapping[str, jax.Array],
+    key: jax.Array,
+    shift: float,
+) -> jax.Array:
+    """Computes the flow-matching loss of several images of each trajectory, which share their references.
+
+    Args:
+      encode_text, encode_images: see `drawing_loss`.
+      field: tokens of all references of b trajectories (b, references * t, c) -> the velocity of all targets, those of
+        a trajectory one after the other.
+      data: ids and mask (b, n, s); target (b, n, h, w, 3) and references (b, r, h, w, 3), uint8, of one size.
+      key, shift: see `drawing_loss`.
+    Returns: scalar, float32, the mean over all targets.
+    """
+    rows = len(data["ids"])
+    ids, mask = (data[name].reshape(-1, data[name].shape[-1]) for name in ("ids", "mask"))
+    text_bsd = encode_text(ids, mask)
+    x0_bntc = _encode_all(encode_images, data["target"])
+    references_brtc = _encode_all(encode_images, data["references"]) if data["references"].shape[1] else x0_bntc[:, :0]
+    velocity = field(references_brtc.reshape(rows, -1, x0_bntc.shape[-1]))
+    x0_btc = x0_bntc.reshape(-1, *x0_bntc.shape[2:])
+    return flow_matching_loss(lambda x, t: velocity(x, t, text_bsd), x0_btc, key, shift, shuffle=True)
+
+
+def _encode_all(encode_images: Callable[[jax.Array], jax.Array], images_bnhwc: jax.Array) -> jax.Array:
+    """Encodes n uint8 images of each row to latent tokens (b, n, t, c), without a gradient."""
 
     def encode(images_bhwc: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(encode_images(images_bhwc.astype(jnp.float32) / 127.5 - 1))
 
     # One image of every row after the other: the encoder needs more memory for large images than everything else.
-    tokens_nbtc = jax.lax.map(encode, images.swapaxes(0, 1))
-    x0_btc, references_bntc = tokens_nbtc[0], tokens_nbtc[1:].swapaxes(0, 1)
-    velocity = field(references_bntc.reshape(x0_btc.shape[0], -1, x0_btc.shape[-1]))
-    return flow_matching_loss(lambda x, t: velocity(x, t, text_bsd), x0_btc, key, shift)
+    return jax.lax.map(encode, images_bnhwc.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 def conversation_loss(
