@@ -17,6 +17,8 @@ OLD_MERGE = "recipe.json"
 PLOTS = ("report_norms.png", "report_cosines.png")
 _SAMPLING = {"model_index.json": ("is_distilled",), "clvr.json": ("num_inference_steps", "guidance_scale")}
 """Files of a pipeline -> their fields that determine how to sample from its model."""
+_MODE = "reference_cache"
+"""Field of clvr.json: how a model was trained to attend to references."""
 _OWN_FILES = {"README.md", MERGE, OLD_MERGE, REPORT, *PLOTS}
 
 
@@ -25,8 +27,9 @@ class Merge:
     """A planned merge: created by `plan_merge`, executed by `merge`.
 
     settings: the method and its options. base, distill, align: the inputs. weights: key -> weights of distill and
-    align. copied: path in the new directory -> the file to copy. scheduler: the input whose scheduler the new pipeline
-    has, None if there is none. notes: for the user, one line each. force: merge although the bases seem to differ.
+    align. copied: path in the new directory -> the file to copy. changed: path -> JSON to write in place of the copy.
+    scheduler: the input whose scheduler the new pipeline has, None if there is none. notes: for the user, one line
+    each. force: merge although the bases seem to differ.
     """
 
     settings: Settings
@@ -35,6 +38,7 @@ class Merge:
     align: Weights | LoRADelta
     weights: Mapping[str, tuple[float, float]]
     copied: Mapping[str, Path]
+    changed: Mapping[str, Mapping[str, JSON]]
     scheduler: str | None
     notes: tuple[str, ...]
     force: bool
@@ -101,7 +105,10 @@ def plan_merge(
         if name in copied:
             copied[name] = path
             notes.append(note)
-    return Merge(settings, of_base, of_distill, of_align, weights, copied, scheduler, tuple(notes), force)
+    changed = _references(copied, of_align)
+    if changed:
+        notes.append(f"references are attended to as in align: {_described(_reference_cache(of_align.origin.path))}")
+    return Merge(settings, of_base, of_distill, of_align, weights, copied, changed, scheduler, tuple(notes), force)
 
 
 def _notes_on_dtypes(*inputs: Weights | LoRADelta) -> Iterator[str]:
@@ -144,6 +151,39 @@ def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]
         else:
             note = f"{name} is the base's, because other fields differ too; sample as distill: {fields_of_distill}"
             yield name, ours, note
+
+
+def _references(copied: Mapping[str, Path], align: Weights | LoRADelta) -> dict[str, dict[str, JSON]]:
+    """Returns the files of the new pipeline that must say how align was trained to attend to references."""
+    index = copied.get("model_index.json")
+    theirs = align.origin.path / "model_index.json"
+    if index is None or not theirs.exists():
+        return {}
+    kind, mode = _reference_cache(align.origin.path)
+    own = copied.get("clvr.json")
+    settings = {} if own is None else read_json(own)
+    flux2 = settings.get("flux2", {})
+    if not isinstance(flux2, Mapping) or (read_json(index).get("_class_name"), flux2.get(_MODE)) == (kind, mode):
+        return {}
+    changed = {"model_index.json": {**read_json(index), "_class_name": kind}}
+    if mode is not None or _MODE in flux2:
+        kept = {name: value for name, value in flux2.items() if name != _MODE}
+        changed["clvr.json"] = {**settings, "flux2": kept if mode is None else {**kept, _MODE: mode}}
+    return changed
+
+
+def _reference_cache(directory: Path) -> tuple[JSON, JSON]:
+    """Returns the class of a pipeline and the field `reference_cache` of its clvr.json, None without one."""
+    settings = read_json(path) if (path := directory / "clvr.json").exists() else {}
+    flux2 = settings.get("flux2", {})
+    return read_json(directory / "model_index.json").get("_class_name"), (
+        flux2.get(_MODE) if isinstance(flux2, Mapping) else None
+    )
+
+
+def _described(found: tuple[JSON, JSON]) -> str:
+    kind, mode = found
+    return f"{_MODE} {mode}" if mode is not None else str(kind)
 
 
 def _parted(content: Mapping[str, JSON], fields: Sequence[str]) -> tuple[dict[str, JSON], dict[str, JSON]]:

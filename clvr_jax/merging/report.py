@@ -100,6 +100,7 @@ def plan_table(plan: Merge) -> Table:
     table.add_section()
     for name in plan.copied:
         whose = plan.scheduler if name.startswith("scheduler/") else "base"
+        whose = f"{whose}, changed as in align" if name in plan.changed else whose
         table.add_row(name, "", "file", "", f"copied from {whose}")
     return table
 

@@ -24,7 +24,7 @@ from clvr_jax.convert.lora.config import PEFT_CONFIG, initial_adapters
 from clvr_jax.convert.streaming.conversion import copy_file, shape_in, writer
 from clvr_jax.convert.streaming.planning import TensorSlice
 from clvr_jax.errors import ClvrError
-from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.files.output_paths import check_destination
 from clvr_jax.merging.deltas import delta_of
@@ -95,6 +95,8 @@ def merge(
         for name, path in plan.copied.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(path, directory / name)
+        for name, content in plan.changed.items():
+            write_json(directory / name, content)
         if finish:
             finish(directory, sums)
     return sums

@@ -7,7 +7,7 @@ import pytest
 
 from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.preprocessing.text import load_tokenizer, prompt_tokens
-from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples, padding_share
+from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples, PackedExamples, padding_share
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError, UsageError
@@ -93,6 +93,31 @@ def test_an_image_is_conditioned_on_all_previous_steps(tmp_path, tokenizer):
     decoded = decode(tokenizer, last["ids"][0], last["mask"][0])
     assert decoded == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert last["mask"][0].sum() == examples.samples[2].length
+
+
+def test_a_packed_trajectory_has_the_images_texts_and_references_of_its_steps(few, tokenizer):
+    examples = GenerationExamples(few, tokenizer, dropout=0.0, text_buckets=(192, 1024))
+    packed = PackedExamples(examples)
+    rngs = [np.random.default_rng(0)]
+    targets = 0
+    for sample in packed.samples:
+        batch = packed.batch([sample], rngs)
+        assert batch["references"].shape[1] == sample.step == batch["seen"].max()
+        for number, seen in enumerate(batch["seen"][0]):
+            (single,) = (
+                each
+                for each in examples.samples
+                if (each.record, each.step, each.padded) == (sample.record, seen, sample.padded)
+            )
+            expected = examples.batch([single], rngs)
+            np.testing.assert_array_equal(batch["references"][:, :seen], expected["references"])
+            for name in ("ids", "mask", "target"):
+                np.testing.assert_array_equal(batch[name][:, number], expected[name])
+            targets += 1
+    assert targets == len(examples.samples)
+    assert len({sample.record for sample in packed.samples}) == len({sample.record for sample in examples.samples})
+    assert {sample.padded for sample in packed.samples} == {192, 1024}
+    assert max(len(BatchLoader(packed, 2)(step)["seen"][0]) for step in range(20)) > 1
 
 
 def test_a_conversation_has_all_steps_that_were_not_rolled_back(tmp_path, tokenizer):

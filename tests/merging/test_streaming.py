@@ -247,6 +247,24 @@ def files(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("with_clvr", [True, False])
+def test_references_are_attended_to_as_in_the_aligned_model(tmp_path, with_clvr):
+    weights = random_tensors(0)
+    sampling = {"num_inference_steps": 28} if with_clvr else None
+    base = pipeline(tmp_path / "base", weights, sampling=sampling)
+    distill = pipeline(tmp_path / "distill", tuned(weights, 1), distilled=True, sampling=sampling)
+    align = pipeline(tmp_path / "align", tuned(weights, 2), sampling={"reference_cache": "loop"})
+    index = json.loads((align / "model_index.json").read_text())
+    (align / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinKVPipeline"}))
+    plan = plan_merge(base, distill, align)
+    merge(plan, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert made == {"_class_name": "Flux2KleinKVPipeline", "is_distilled": True}
+    flux2 = json.loads((tmp_path / "out" / "clvr.json").read_text())["flux2"]
+    assert flux2 == {**(sampling or {}), "reference_cache": "loop"}
+    assert "references are attended to as in align: reference_cache loop" in plan.notes
+
+
 @pytest.mark.parametrize("shift", [None, 3.0])
 def test_of_a_pipeline_the_transformer_is_merged_and_all_else_is_the_bases(tmp_path, shift):
     weights = random_tensors(0)

@@ -37,6 +37,36 @@ def test_a_dataset_is_trained_on_and_the_result_is_a_pipeline(tmp_path):
     assert drawn.images[0].size == (64, 64)
 
 
+@pytest.mark.slow
+def test_trajectories_are_trained_on_at_once_for_a_cache_that_a_loop_keeps(tmp_path):
+    write_dataset(tmp_path / "data", map(simulated, TWO_IMAGES))
+    config = dataclasses.replace(
+        flux2_sft.CONFIG,
+        model="shapes-tiny-sft",
+        dataset=tmp_path / "data",
+        batch_size=2,
+        train=dataclasses.replace(TRAIN, steps=1),
+        reference_cache="loop",
+    )
+    task = flux2_sft.task(config)
+    fit(task, config.train, tmp_path / "run")
+    trained = Flux2Pipeline.from_pretrained(str(tmp_path / "run" / "export"))
+    assert trained.reference_cache == "loop"
+    again = dataclasses.replace(config, model=str(tmp_path / "run" / "export"), reference_cache=None)
+    assert "seen" in next(flux2_sft.task(again).batches)
+
+
+def test_packing_leaves_out_the_references_that_images_share():
+    config = dataclasses.replace(flux2_sft.CONFIG, batch_size=1, size=1024, references=7)
+    loop = flux2_sft.abstract_task(dataclasses.replace(config, reference_cache="loop"))
+    packed = loop.tokens(loop.batches(0))
+    assert packed == 8 * (512 + 4096) + 7 * 4096
+    single = [flux2_sft.abstract_task(dataclasses.replace(config, references=count)) for count in range(8)]
+    assert sum(task.tokens(task.batches(0)) for task in single) == 8 * (512 + 4096) + 28 * 4096
+    flops = sum(task.flops(task.batches(0)) for task in single)
+    assert loop.flops(loop.batches(0)) < 0.45 * flops
+
+
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
 def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
     config = dataclasses.replace(flux2_sft.CONFIG, preset=preset, batch_size=2, size=128, references=2)
