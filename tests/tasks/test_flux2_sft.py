@@ -64,7 +64,7 @@ def test_packing_leaves_out_the_references_that_images_share():
     single = [flux2_sft.abstract_task(dataclasses.replace(config, references=count)) for count in range(8)]
     assert sum(task.tokens(task.batches(0)) for task in single) == 8 * (512 + 4096) + 28 * 4096
     flops = sum(task.flops(task.batches(0)) for task in single)
-    assert loop.flops(loop.batches(0)) < 0.45 * flops
+    assert flops > 2 * loop.flops(loop.batches(0))
 
 
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])

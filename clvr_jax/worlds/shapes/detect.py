@@ -87,16 +87,18 @@ class Reading:
             raise ClvrError(f"reading: unclear cells must be in reading order, got {', '.join(self.unclear)}")
 
 
-def detect(image: np.ndarray) -> Reading:
+def detect(image: np.ndarray, slack: float = 0.0) -> Reading:
     """Detects the objects in an image.
 
     Args:
       image: uint8 (64, 64, 3), RGB.
+      slack: by how much an object may miss a limit and still be clear, in units of `Examination.clarity`; a negative
+        one asks for more than the limits do.
     Returns: the objects and the unclear cells. Objects that are faded, incomplete, merged, of a mixed color or between
       two cells are unclear.
     Raises: ClvrError for other shapes or dtypes.
     """
-    return examine(image).reading
+    return examine(image, slack).reading
 
 
 class Examination(NamedTuple):
@@ -116,7 +118,7 @@ class Examination(NamedTuple):
     clarity: np.ndarray
 
 
-def examine(image: np.ndarray) -> Examination:
+def examine(image: np.ndarray, slack: float = 0.0) -> Examination:
     """Detects the objects in an image, and measures by how much each is clear; arguments and errors of `detect`."""
     image = np.asarray(image)
     if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
@@ -133,10 +135,11 @@ def examine(image: np.ndarray) -> Examination:
             continue
         found = _measure(difference, labels, label, box, own)
         pairs.add((found.color, found.shape))
-        if not found.is_clear:  # a soft edge may look like another shape than the component by itself
+        is_clear = min(found.color_margin, found.shape_margin) >= -slack
+        if not is_clear:  # a soft edge may look like another shape than the component by itself
             pairs.add(_pair_of_component(difference, box, own))
-        cells = {found.item.cell} if found.item is not None and found.is_clear else _cells_of(own, box)
-        if found.item is None or not found.is_clear or found.item.cell in objects:
+        cells = {found.item.cell} if found.item is not None and is_clear else _cells_of(own, box)
+        if found.item is None or not is_clear or found.item.cell in objects:
             unclear.update(cells)
         else:
             objects[found.item.cell] = found.item
@@ -179,10 +182,6 @@ class _Measured(NamedTuple):
     color_margin: float
     shape_margin: float
     item: DetectedObject | None
-
-    @property
-    def is_clear(self) -> bool:
-        return self.color_margin >= 0 and self.shape_margin >= 0
 
 
 def _measure(

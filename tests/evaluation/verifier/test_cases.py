@@ -1,9 +1,11 @@
 """Cases of the verifier benchmark: exact labels, one mistake each, and prompts of their own."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from clvr_jax.data.shapes import Canvas
 from clvr_jax.errors import ClvrError
@@ -169,6 +171,23 @@ def test_generated_images_are_labeled_by_the_detector(prompts):
     assert done == [5, 10, 12]
     assert len({request.seed for request in generator.requests}) == 12
     assert [request.prompt for request in generator.requests] == [prompt.metadata["prompt"] for prompt in prompts]
+
+
+def test_images_that_the_detector_labels_by_a_hair_are_kinds_of_their_own(prompts):
+    """Blur makes an object unclear; just before and just after, the label could as well be the other one."""
+    (prompt, image) = prompts[0], prompts[0].canvas.render()
+    blurred = [gaussian_filter(image, (sigma, sigma, 0)) for sigma in np.linspace(0, 4, 41)]
+
+    class Blurring:
+        def generate(self, requests):
+            return [GeneratedImage(blurred[len(done)], 1)]
+
+    kinds, done = [], []
+    for _ in blurred:
+        kinds += [case.kind for case in generated_cases(Blurring(), "blurring", [prompt])]
+        done.append(None)
+    order = [kind for kind, _ in itertools.groupby(kinds)]
+    assert order == ["right", "right, near a limit", "wrong, near a limit", "wrong"]
 
 
 def test_generators_of_other_worlds_are_refused(prompts):
