@@ -74,7 +74,8 @@ def _encode_all(encode_images: Callable[[jax.Array], jax.Array], images_bnhwc: j
         return jax.lax.stop_gradient(encode_images(images_bhwc.astype(jnp.float32) / 127.5 - 1))
 
     # One image of every row after the other: the encoder needs more memory for large images than everything else.
-    return jax.lax.map(encode, images_bnhwc.swapaxes(0, 1)).swapaxes(0, 1)
+    tokens_nbtc: jax.Array = jax.lax.map(encode, images_bnhwc.swapaxes(0, 1))
+    return tokens_nbtc.swapaxes(0, 1)
 
 
 def conversation_loss(
