@@ -141,8 +141,8 @@ class ReferencePipeline(JittedPipeline):
         """
         token = self.vae.config.token_pixels
         grids = tuple((height // token, width // token) for height, width in sizes)
-        if grids and self.reference_cache == "loop":
-            return self._kept_caches(pixels, grids), ()
+        if grids and self.reference_cache == "loop" and (kept := self._kept_caches_or_none(pixels, grids)) is not None:
+            return kept, ()
         encoded = [self._tokens([row[number] for row in pixels]) for number in range(len(grids))]
         channels = self.transformer.config.in_channels
         tokens = jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels))
@@ -154,6 +154,27 @@ class ReferencePipeline(JittedPipeline):
         """Returns the latent tokens of one image of each row, (b, tokens, channels)."""
         encoded = self._encode_images(*self._split("vae"), np.stack(images))
         return encoded.reshape(len(images), -1, encoded.shape[-1])
+
+    def _kept_caches_or_none(self, pixels: list[list[np.ndarray]], grids: Grids) -> tuple[ReferenceCache, ...] | None:
+        """Returns the caches of "loop"; None, and "image" from now on, if they do not fit into memory.
+
+        Before that, the caches of other histories are dropped.
+        """
+        for _ in range(2):
+            try:
+                return jax.block_until_ready(self._kept_caches(pixels, grids))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+            self.kept_references.clear()
+        self.reference_cache = "image"
+        console.print(
+            f"reference_cache loop: no memory for the keys and values of {len(grids)} references; image from now on, "
+            "which computes them again for every image, so images are approximations",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return None
 
     def _kept_caches(self, pixels: list[list[np.ndarray]], grids: Grids) -> tuple[ReferenceCache, ...]:
         """Returns the cache of each reference, which attends to those before it; computes those that are not kept."""

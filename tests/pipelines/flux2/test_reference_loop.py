@@ -3,6 +3,7 @@
 import dataclasses
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -285,3 +286,43 @@ def test_offloaded_weights_are_the_same_weights_in_the_next_call(folder, pipe, m
 def test_stable_diffusion_takes_no_references():
     with pytest.raises(UsageError, match="reference_cache: somewhere is a Stable Diffusion model"):
         SDXLPipeline.from_pretrained("somewhere", reference_cache="loop")
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_without_memory_other_histories_are_dropped_and_then_references_are_computed_for_each_image(
+    folder, monkeypatch, capsys, failures
+):
+    pipe = Flux2Pipeline.from_pretrained(str(folder), reference_cache="loop")
+    first = pipe.generate_each([PROMPT], [[]], [0], **OPTIONS).images[0]
+    other = pipe.generate_each([PROMPT], [[]], [1], **OPTIONS).images[0]
+    pipe.generate_each([PROMPT], [[other]], [2], **OPTIONS)
+    expected = Flux2Pipeline.from_pretrained(str(folder), reference_cache="loop" if failures == 1 else "image")
+    capsys.readouterr()
+    program, calls = pipe._cache_references, []
+
+    def full(*arguments):
+        calls.append(len(pipe.kept_references))
+        if len(calls) <= failures:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return program(*arguments)
+
+    monkeypatch.setattr(pipe, "_cache_references", full)
+    found = pipe.generate_each([PROMPT], [[first]], [3], **OPTIONS).images[0]
+    alone = expected.generate_each([PROMPT], [[first]], [3], **OPTIONS).images[0]
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(alone))
+    assert calls[:2] == [1, 0]  # the other history is dropped before the second attempt
+    message = capsys.readouterr().err
+    assert ("no memory for the keys and values of 1 references; image from now on" in message) == (failures == 2)
+    assert pipe.reference_cache == ("loop" if failures == 1 else "image")
+
+
+def test_another_fault_of_the_device_is_not_taken_for_lack_of_memory(folder, monkeypatch):
+    pipe = Flux2Pipeline.from_pretrained(str(folder), reference_cache="loop")
+    first = pipe.generate_each([PROMPT], [[]], [0], **OPTIONS).images[0]
+
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(pipe, "_cache_references", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        pipe.generate_each([PROMPT], [[first]], [3], **OPTIONS)
