@@ -17,6 +17,9 @@ from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.rewards.reward import EditJudge, ImageJudge, Reward, RewardInput, Score, Scores
 
+_MANY = 8
+"""Number of unreadable replies that are the fault of the judge's form; fewer may be bad luck."""
+
 
 class ProxyReward(Reward):
     """Combines R_T2I and R_I2I of two judges with equal weights; parts "t2i" and "i2i", and the parts of both judges.
@@ -66,6 +69,8 @@ def _scores(pending: Sequence[Sequence[Future[Score]]]) -> Scores:
     try:
         scores = [[future.result() for future in futures] for futures in pending]
         check_replies([one for of_item in scores for one in of_item], "the judge")
+        check_form([text for text, *_ in scores], "the judge of images")
+        check_form([edit for _, *edits in scores for edit in edits], "the judge of edits")
         return Scores.stack([combine_scores(*of_item) for of_item in scores])
     finally:
         for future in (one for futures in pending for one in futures):
@@ -102,6 +107,21 @@ def check_replies(scores: Sequence[Score], name: str) -> None:
             f"reward: {name} gave no reply to any of {len(scores)} questions (empty or cut), so nothing is "
             "scored; allow more tokens or check the server, then resume",
             "down",
+        )
+
+
+def check_form(scores: Sequence[Score], name: str) -> None:
+    """Raises ProviderError if 8 or more replies of one judge are all unreadable, which is not a property of the images.
+
+    Args:
+      scores: the scores of a batch by one judge.
+      name: the name of the judge, for the message.
+    """
+    if len(scores) >= _MANY and all(one.problem == "unreadable" for one in scores):
+        raise ProviderError(
+            f"reward: none of the {len(scores)} replies of {name} can be parsed (the first: {scores[0].reason}); "
+            "give the protocol that this model was trained for (--judge-protocol, --edit-judge-protocol)",
+            "rejected",
         )
 
 

@@ -54,11 +54,13 @@ class Score:
       parts: components of the score by name, for the metrics.
       problem: why there is no score: the judge gave no reply, refused, or its reply cannot be parsed. None of these
         counts as a low score.
+      reason: what is wrong with a reply that cannot be parsed, in one line; "" if nothing is.
     """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
     problem: Problem | None = None
+    reason: str = ""
 
 
 UNREADABLE = Score(math.nan)

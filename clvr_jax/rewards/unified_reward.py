@@ -1,25 +1,23 @@
 """UnifiedReward and UnifiedReward-Edit on any vision-language model: an endpoint, or a Qwen3-VL of this package.
 
-A question is one user turn, images first, then text, decoded greedily. Its wording is that of this package around the
-published fields. Replies are parsed strictly: if a field is missing, occurs twice or is out of range, the image has no
-score.
+The wording of the questions is that of this package around the published fields.
 
 Source: UnifiedReward 2.0 (arXiv 2503.05236) and UnifiedReward-Edit, whose checkpoints were trained on these replies.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from typing_extensions import override
 
 from clvr_jax.errors import UsageError
 from clvr_jax.files.image_io import ImageLike
-from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError
+from clvr_jax.interfaces import ChatModel
 from clvr_jax.interfaces.answers import AnswerError, read_json_object
-from clvr_jax.rewards.reward import EditJudge, ImageJudge, Score, is_single_reply_error, problem_from_error
+from clvr_jax.rewards.judge_prompt import JudgePrompt, PromptedEditJudge, PromptedImageJudge, question
+from clvr_jax.rewards.reward import Score
 
 AXES = ("Alignment", "Coherence", "Style")
 _NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*\d)"
@@ -56,20 +54,7 @@ artifacts it is: 0 distorted or blurred everywhere, 25 none to be seen.
 Answer with one JSON object: {"reasoning": "...", "score": [naturalness, artifacts]}"""
 
 
-@dataclass(frozen=True)
-class JudgePrompt:
-    """The questions of a judge about one image.
-
-    Attributes:
-      questions: the requests for the model.
-      read: parses the replies, one for each question ("" if there is none), into a score.
-    """
-
-    questions: Sequence[ChatRequest]
-    read: Callable[[Sequence[str]], Score]
-
-
-class UnifiedReward(ImageJudge):
+class UnifiedReward(PromptedImageJudge):
     """Computes R_T2I in [0, 1].
 
     Attributes:
@@ -90,16 +75,12 @@ class UnifiedReward(ImageJudge):
         self._text, self._read = {"acs": (_ACS, read_acs), "final": (_FINAL, read_final)}[form]
 
     @override
-    def score_image(self, image: ImageLike, text: str) -> Score:
-        return _chat(self.model, self.judge_prompt(image, text))
-
     def judge_prompt(self, image: ImageLike, text: str) -> JudgePrompt:
-        """Returns the questions of `score_image`, for callers that batch the questions about many images."""
-        question = _question(self._text.format(text=text), (image,), self._max_tokens)
-        return JudgePrompt([question], lambda answers: self._read(answers[0]))
+        asked = question(self._text.format(text=text), (image,), self._max_tokens)
+        return JudgePrompt(self.model, [asked], lambda answers: self._read(answers[0]))
 
 
-class UnifiedRewardEdit(EditJudge):
+class UnifiedRewardEdit(PromptedEditJudge):
     """Computes R_I2I in [0, 1]: (.6 success + .4 minimality) / 25.
 
     Attributes:
@@ -119,50 +100,17 @@ class UnifiedRewardEdit(EditJudge):
         self.model, self._quality, self._max_tokens = model, quality, max_tokens
 
     @override
-    def score_edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Score:
-        return _chat(self.model, self.judge_prompt(source, edited, instruction))
-
     def judge_prompt(self, source: ImageLike, edited: ImageLike, instruction: str) -> JudgePrompt:
-        """Returns the questions of `score_edit`, for callers that batch the questions about many images."""
-        made = _question(_EDIT.format(text=instruction), (source, edited), self._max_tokens, is_json=True)
+        made = question(_EDIT.format(text=instruction), (source, edited), self._max_tokens, is_json=True)
         if self._quality == 0:
-            return JudgePrompt([made], lambda answers: read_edit(answers[0]))
-        looks = _question(_QUALITY, (edited,), self._max_tokens, is_json=True)
-        return JudgePrompt([made, looks], self._both)
+            return JudgePrompt(self.model, [made], lambda answers: read_edit(answers[0]))
+        looks = question(_QUALITY, (edited,), self._max_tokens, is_json=True)
+        return JudgePrompt(self.model, [made, looks], self._both)
 
     def _both(self, answers: Sequence[str]) -> Score:
         made, looks = read_edit(answers[0]), read_quality(answers[1])
         value = (1 - self._quality) * made.value + self._quality * looks.value
         return Score(value, {**made.parts, **looks.parts})
-
-
-def _question(text: str, images: Sequence[ImageLike], max_tokens: int, is_json: bool = False) -> ChatRequest:
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    return ChatRequest([{"role": "user", "content": content}], images, max_tokens, is_json=is_json)
-
-
-def _chat(model: ChatModel, judge_prompt: JudgePrompt) -> Score:
-    try:
-        answers = [model.chat(question).text for question in judge_prompt.questions]
-    except ProviderError as error:
-        if is_single_reply_error(error):
-            return Score(math.nan, problem=problem_from_error(error))
-        raise
-    return read_score(judge_prompt, answers)
-
-
-def read_score(judge_prompt: JudgePrompt, answers: Sequence[str]) -> Score:
-    """Parses the replies to the questions of a prompt.
-
-    Args:
-      judge_prompt: the questions.
-      answers: one reply for each question; "" if there is none.
-    Returns: the score; if it is NaN, with the problem "no_reply" or "unreadable".
-    """
-    score = judge_prompt.read(answers)
-    if not math.isnan(score.value):
-        return score
-    return replace(score, problem="unreadable" if all(answer.strip() for answer in answers) else "no_reply")
 
 
 def read_acs(answer: str) -> Score:

@@ -1,33 +1,66 @@
 """The rewards and proxy prompts of PPRL as a recipe's options describe them."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
 
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces import ChatModel
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.providers.openai_chat import OpenAIChatModel
-from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards import (
+    EditRRM,
+    FirmEdit,
+    FirmGen,
+    LastTextReward,
+    MeshReward,
+    ProxyReward,
+    Reward,
+    UnifiedReward,
+    UnifiedRewardEdit,
+)
+from clvr_jax.rewards.judge_prompt import PromptedEditJudge, PromptedImageJudge
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptGenerator, vlm_proxy_prompt_generator
+
+ImageProtocol = Literal["unified_reward", "firm"]
+"""How a judge of images is asked, and how it replies."""
+EditProtocol = Literal["unified_reward", "firm", "edit_rrm"]
+"""How a judge of edits is asked, and how it replies."""
+
+_IMAGE_JUDGES: Mapping[ImageProtocol, type[UnifiedReward | FirmGen]] = {
+    "unified_reward": UnifiedReward,
+    "firm": FirmGen,
+}
+_PUBLISHED: Mapping[ImageProtocol, str] = {
+    "unified_reward": "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b",
+    "firm": "VisionXLab/FIRM-Gen-8B",
+}
+_PUBLISHED_EDIT: Mapping[EditProtocol, str] = {
+    "unified_reward": "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b",
+    "firm": "VisionXLab/FIRM-Edit-8B",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardOptions:
-    """Options of recipes whose images UnifiedReward judges."""
+    """Options of recipes whose images a vision-language model judges."""
 
     simple: bool = False
     """Train the ablation "simple RL", whose reward reads only the latest image and the last text."""
     judge: str = ""
-    """Judge images with this UnifiedReward, a directory or Hugging Face id, on the devices that train; give either this
-    or --reward-url."""
+    """Judge images with this Qwen3-VL, a directory or Hugging Face id, on the devices that train; give either this or
+    --reward-url."""
+    judge_protocol: ImageProtocol = "unified_reward"
+    """Ask the judge of images as this reward model is asked, and read its replies: UnifiedReward, or FIRM-Gen."""
     reward_url: str = ""
     """Judge behind this OpenAI-compatible chat API, up to and including the version, such as http://localhost:8000/v1;
     give either this or --judge."""
-    reward_model: str = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
-    """With --reward-url: the server's name for the model that judges images."""
+    reward_model: str = ""
+    """With --reward-url: the server's name for the model that judges images; the name that --judge-protocol was
+    published with if it is empty."""
     reward_key: str = ""
     """Environment variable with the key of --reward-url; empty for a server without keys."""
     proxy_prompt_url: str = ""
@@ -51,17 +84,24 @@ class ImageRewardOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RewardOptions(ImageRewardOptions):
-    """Options of recipes whose images and edits UnifiedReward and UnifiedReward-Edit judge."""
+    """Options of recipes whose images and edits vision-language models judge."""
 
     edit_judge: str = ""
-    """Judge edits with this UnifiedReward-Edit, a directory or Hugging Face id, on the devices that train; it goes with
+    """Judge edits with this Qwen3-VL, a directory or Hugging Face id, on the devices that train; it goes with
     --judge."""
-    edit_reward_model: str = "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b"
-    """With --reward-url: the server's name for the model that judges edits."""
+    edit_judge_protocol: EditProtocol = "unified_reward"
+    """Ask the judge of edits as this reward model is asked, and read its replies: UnifiedReward-Edit, FIRM-Edit, or
+    Edit-RRM."""
+    edit_reward_model: str = ""
+    """With --reward-url: the server's name for the model that judges edits; the name that --edit-judge-protocol was
+    published with if it is empty. Edit-RRM was not published."""
+    points_model: str = ""
+    """With --edit-judge-protocol edit_rrm: let this model write the points that the judge checks. It is where the judge
+    is: a directory or Hugging Face id, or the server's name. The judge of edits writes them if it is empty."""
 
 
 def make_reward(recipe: str, options: ImageRewardOptions, dtype: str, batch_size: int) -> Reward:
-    """Returns UnifiedReward on the devices that train (those of the active layout), or behind an endpoint.
+    """Returns a reward of judges on the devices that train (those of the active layout), or behind an endpoint.
 
     Args:
       recipe: its name, for errors.
@@ -72,38 +112,61 @@ def make_reward(recipe: str, options: ImageRewardOptions, dtype: str, batch_size
     """
     if bool(options.judge) == bool(options.reward_url):
         raise ClvrError(
-            f"{recipe}: the judge is missing; give either --judge, a directory or Hugging Face id of UnifiedReward "
+            f"{recipe}: the judge is missing; give either --judge, a directory or Hugging Face id of a reward model "
             "for the devices that train, or --reward-url, where it is served, e.g. http://localhost:8000/v1"
         )
-    return _mesh_reward(recipe, options, dtype, batch_size) if options.judge else _served_reward(options)
+    if isinstance(options, RewardOptions) and options.points_model and options.edit_judge_protocol != "edit_rrm":
+        raise ClvrError(f"{recipe}: --points-model goes with --edit-judge-protocol edit_rrm")
+    if options.judge:
+        return _mesh_reward(recipe, options, dtype, batch_size)
+    return _served_reward(recipe, options)
 
 
-def _served_reward(options: ImageRewardOptions) -> Reward:
+def _served_reward(recipe: str, options: ImageRewardOptions) -> Reward:
     def serve(model: str) -> OpenAIChatModel:
         return OpenAIChatModel(_endpoint(options, model, options.reward_url, options.reward_key))
 
-    image_reward = UnifiedReward(serve(options.reward_model))
+    image_model = options.reward_model or _PUBLISHED[options.judge_protocol]
+    image_judge = _image_judge(options, serve(image_model))
     if options.simple:
-        return LastTextReward(image_reward)
-    edit_model = options.edit_reward_model if isinstance(options, RewardOptions) else options.reward_model
-    return ProxyReward(image_reward, UnifiedRewardEdit(serve(edit_model)))
+        return LastTextReward(image_judge)
+    if not isinstance(options, RewardOptions):
+        return ProxyReward(image_judge, UnifiedRewardEdit(serve(image_model)))
+    edit_model = options.edit_reward_model or _PUBLISHED_EDIT.get(options.edit_judge_protocol, "")
+    if not edit_model:
+        raise ClvrError(f"{recipe}: --edit-judge-protocol {options.edit_judge_protocol} needs --edit-reward-model")
+    return ProxyReward(image_judge, _edit_judge(options, serve(edit_model), serve))
 
 
 def _mesh_reward(recipe: str, options: ImageRewardOptions, dtype: str, batch_size: int) -> Reward:
+    loaded: dict[str, MeshChatModel] = {}
+
     def load(model: str) -> MeshChatModel:
-        return MeshChatModel(Qwen3VLPipeline.from_pretrained(model, dtype), model, batch_size)
+        if model not in loaded:
+            loaded[model] = MeshChatModel(Qwen3VLPipeline.from_pretrained(model, dtype), model, batch_size)
+        return loaded[model]
 
     if options.simple:
-        return MeshReward(UnifiedReward(load(options.judge)))
-    edit_model = options.edit_judge if isinstance(options, RewardOptions) else options.judge
-    if not edit_model:
+        return MeshReward(_image_judge(options, load(options.judge)))
+    if not isinstance(options, RewardOptions):
+        return MeshReward(_image_judge(options, load(options.judge)), UnifiedRewardEdit(load(options.judge)))
+    if not options.edit_judge:
         raise ClvrError(
             f"{recipe}: --judge judges images; give --edit-judge for a judge of edits, or --simple to leave edits out"
         )
-    judge = load(options.judge)
-    return MeshReward(
-        UnifiedReward(judge), UnifiedRewardEdit(judge if edit_model == options.judge else load(edit_model))
-    )
+    image_judge = _image_judge(options, load(options.judge))
+    return MeshReward(image_judge, _edit_judge(options, load(options.edit_judge), load))
+
+
+def _image_judge(options: ImageRewardOptions, model: ChatModel) -> PromptedImageJudge:
+    return _IMAGE_JUDGES[options.judge_protocol](model)
+
+
+def _edit_judge(options: RewardOptions, model: ChatModel, find: Callable[[str], ChatModel]) -> PromptedEditJudge:
+    """Returns the judge of edits. find: name -> the model, loaded or served."""
+    if options.edit_judge_protocol == "edit_rrm":
+        return EditRRM(model, find(options.points_model) if options.points_model else None)
+    return FirmEdit(model) if options.edit_judge_protocol == "firm" else UnifiedRewardEdit(model)
 
 
 def check_proxy_prompt_options(recipe: str, options: ImageRewardOptions) -> None:

@@ -16,7 +16,6 @@ from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.rewards import MeshReward, Reward, Score, Scores, UnifiedReward, UnifiedRewardEdit
-from clvr_jax.rewards.unified_reward import JudgePrompt
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
@@ -67,7 +66,7 @@ def _weighed(judge_prompt):
     def read(answers):
         return Score(sum(zlib.crc32(answer.encode()) for answer in answers) % 1000 / 1000)
 
-    return JudgePrompt(judge_prompt.questions, read)
+    return dataclasses.replace(judge_prompt, read=read)
 
 
 class _Pictures(UnifiedReward):
