@@ -6,6 +6,7 @@ from clvr_jax.rewards.mesh import MeshReward
 from clvr_jax.rewards.proxy import LastTextReward, ProxyReward
 from clvr_jax.rewards.reward import EditJudge, ImageJudge, Reward, RewardInput, Score, Scores, WeightedReward
 from clvr_jax.rewards.shapes import ShapesJudge
+from clvr_jax.rewards.text import TextJudge, TextReward
 from clvr_jax.rewards.unified_reward import UnifiedReward, UnifiedRewardEdit
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "Score",
     "Scores",
     "ShapesJudge",
+    "TextJudge",
+    "TextReward",
     "UnifiedReward",
     "UnifiedRewardEdit",
     "WeightedReward",

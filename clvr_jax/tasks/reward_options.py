@@ -10,6 +10,7 @@ from clvr_jax.interfaces import ChatModel
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.local import MeshChatModel
+from clvr_jax.providers.ocr import RapidTextReader
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.rewards import (
     EditRRM,
@@ -19,6 +20,7 @@ from clvr_jax.rewards import (
     MeshReward,
     ProxyReward,
     Reward,
+    TextReward,
     UnifiedReward,
     UnifiedRewardEdit,
 )
@@ -61,6 +63,9 @@ class ImageRewardOptions:
     reward_model: str = ""
     """With --reward-url: the server's name for the model that judges images; the name that --judge-protocol was
     published with if it is empty."""
+    text_weight: float = 0.0
+    """With --reward-url: let the letters that OCR reads make up this share of the reward of images whose prompt quotes
+    a text (pip install 'clvr-jax[ocr]')."""
     reward_key: str = ""
     """Environment variable with the key of --reward-url; empty for a server without keys."""
     proxy_prompt_url: str = ""
@@ -117,9 +122,14 @@ def make_reward(recipe: str, options: ImageRewardOptions, dtype: str, batch_size
         )
     if isinstance(options, RewardOptions) and options.points_model and options.edit_judge_protocol != "edit_rrm":
         raise ClvrError(f"{recipe}: --points-model goes with --edit-judge-protocol edit_rrm")
+    if not 0 <= options.text_weight <= 1:
+        raise ClvrError(f"{recipe}: --text-weight must be from 0 to 1, got {options.text_weight}")
     if options.judge:
+        if options.text_weight:
+            raise ClvrError(f"{recipe}: --text-weight goes with --reward-url; on the devices, every process would read")
         return _mesh_reward(recipe, options, dtype, batch_size)
-    return _served_reward(recipe, options)
+    reward = _served_reward(recipe, options)
+    return TextReward(reward, RapidTextReader(), options.text_weight) if options.text_weight else reward
 
 
 def _served_reward(recipe: str, options: ImageRewardOptions) -> Reward:

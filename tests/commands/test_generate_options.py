@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,16 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from clvr_jax.cli import main
+from clvr_jax.cli import main, parse
+from clvr_jax.commands.generation.generate import Generate
 from clvr_jax.commands.generation.model_options import parse_lora, parse_quantize
+from clvr_jax.errors import UsageError
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
+from clvr_jax.providers import ocr
 from clvr_jax.reasoning import Trajectory
+from clvr_jax.reasoning.verification.text_in_images import TextVerifier
 from tests.commands.command_line import PROMPT, complaint
 from tests.providers.server import Reply, failure
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
@@ -258,3 +263,16 @@ def test_models_to_quantize_are_all_or_those_that_are_named(capsys):
         assert main(["sample", PROMPT, "--quantize", word]) == 2
         error = complaint(capsys)
         assert "give int8, or one of transformer:int8, text_encoder:int8, controller:int8" in error
+
+
+def test_read_text_puts_a_reader_before_the_verifier(monkeypatch):
+    verifier = SimpleNamespace(name="model, ask")
+    monkeypatch.setattr(ocr, "RapidTextReader", lambda: SimpleNamespace(name="reader"))
+    monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda *_, **__: SimpleNamespace(verifier=verifier))
+    read, asked = (parse(["generate", 'a sign "OPEN"', *more]) for more in (["--read-text"], []))
+    assert isinstance(read, Generate)
+    assert isinstance(read._load([]).verifier, TextVerifier)
+    assert read._load([]).verifier.name == "model, ask, text by reader"
+    assert asked._load([]).verifier is verifier
+    with pytest.raises(UsageError, match="--read-text is not used with --verification none"):
+        parse(["generate", "x", "--read-text", "--verification", "none"])

@@ -3,7 +3,7 @@
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.rewards import EditRRM, FirmEdit, FirmGen, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards import EditRRM, FirmEdit, FirmGen, TextReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.tasks import reward_options
 from clvr_jax.tasks.reward_options import ImageRewardOptions, RewardOptions, make_reward
 
@@ -72,3 +72,18 @@ def test_missing_names_are_one_line(options, message):
 def test_a_model_that_cannot_edit_needs_no_judge_of_edits():
     reward = make_reward("pprl_sdxl", ImageRewardOptions(judge="a", judge_protocol="firm"), "bfloat16", batch_size=8)
     assert isinstance(reward._image, FirmGen)
+
+
+def test_a_share_of_a_served_reward_is_text(monkeypatch):
+    monkeypatch.setattr(reward_options, "RapidTextReader", lambda: None)
+    options = RewardOptions(reward_url=URL, text_weight=0.25)
+    reward = make_reward("pprl_flux2", options, "bfloat16", batch_size=8)
+    assert isinstance(reward, TextReward)
+    assert reward._weight == 0.25
+    for wrong, message in (
+        ({"judge": "a", "edit_judge": "b"}, "with --reward-url"),
+        ({"reward_url": URL}, "from 0 to 1"),
+    ):
+        weight = 1.5 if "reward_url" in wrong else 0.5
+        with pytest.raises(ClvrError, match=message):
+            make_reward("pprl_flux2", RewardOptions(text_weight=weight, **wrong), "bfloat16", batch_size=8)

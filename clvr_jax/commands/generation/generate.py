@@ -61,6 +61,9 @@ class Generate:
     verifier: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """With --verification separate: verify with this model, a shipped name or a directory or Hugging Face id of a
     Qwen3-VL. If not given, the controller verifies, in a new conversation for each image."""
+    read_text: bool = False
+    """With --verification separate: read the text in images by OCR. Every quoted text of the prompt is a requirement
+    `the image says "..."`, which is met if it is read (pip install 'clvr-jax[ocr]')."""
     images: Images = field(default_factory=ImageOptions)
     loading: Loading = field(default_factory=LoadOptions)
     budget: Limits = field(default_factory=BudgetOptions)
@@ -77,6 +80,8 @@ class Generate:
         at_least_one("--nfe", self.nfe)
         if self.verifier and self.verification != "separate":
             raise UsageError(f"--verifier is not used with --verification {self.verification}; leave one of them out")
+        if self.read_text and self.verification != "separate":
+            raise UsageError(f"--read-text is not used with --verification {self.verification}; leave one of them out")
 
     def run(self) -> Result:
         """Runs the loop for every image, and saves each trajectory."""
@@ -114,6 +119,10 @@ class Generate:
             check_output_directory(self.out or Path("out") / self._name(tasks))
         given = self.images.check(self.model)
         self.control.check(self.model)
+        if self.read_text:
+            from clvr_jax.providers.ocr import RapidTextReader
+
+            RapidTextReader()  # before a model is loaded, and possibly fetched
         return tasks, given
 
     def _load(self, given: "list[np.ndarray]") -> "ClosedLoopPipeline":
@@ -127,7 +136,13 @@ class Generate:
             self.model, self.loading, size, given, controller, self.verifier, self.control.prefix_cache
         )
         roles = self.control.arguments(self.verifier, self.verification == "separate")
-        return ClosedLoopPipeline.from_pretrained(self.model, **loading.arguments(), **roles)
+        pipe = ClosedLoopPipeline.from_pretrained(self.model, **loading.arguments(), **roles)
+        if self.read_text and pipe.verifier is not None:
+            from clvr_jax.providers.ocr import RapidTextReader
+            from clvr_jax.reasoning.verification.text_in_images import TextVerifier
+
+            pipe.verifier = TextVerifier(pipe.verifier, RapidTextReader())
+        return pipe
 
     def _generate(
         self, pipe: "ClosedLoopPipeline", task: ImageTask, given: "list[np.ndarray]", out: Path
@@ -177,4 +192,6 @@ class Generate:
         more = (self.control, self.images, self.loading, [(task.prompt, task.seed) for task in tasks[1:]])
         if more != (ControllerOptions(), ImageOptions(), LoadOptions(), []):
             settings.append(more)
+        if self.read_text:
+            settings.append("read_text")
         return output_name(tasks[0].prompt, *settings)

@@ -1,7 +1,7 @@
 """`clvr verify`: checks images against a prompt, requirement by requirement."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
+    from clvr_jax.reasoning.verification.text_in_images import TextVerifier
     from clvr_jax.reasoning.verification.verification import Requirement, Verification
 
 _DEFAULT_MODEL = "shapes-tiny"
@@ -95,6 +96,9 @@ class Verify:
     and ask for others."""
     requirement: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
     """Check these requirements, each in quotes; the model derives them from the prompt if none is given."""
+    read_text: bool = False
+    """Read the text in images by OCR: every quoted text of the prompt is a requirement `the image says "..."`, which is
+    met if it is read (pip install 'clvr-jax[ocr]')."""
     endpoint: Annotated[EndpointOptions, tyro.conf.arg(name="")] = field(default_factory=EndpointOptions)
     common: Flags = field(default_factory=Common)
 
@@ -118,7 +122,7 @@ class Verify:
 
         check_prompt(self.prompt)
         images = [read_image(path) for path in self.images]
-        verifier = self._verifier(images)
+        verifier = self._reading(lambda: self._verifier(images))
         given = tuple(_requirement_text(text) for text in self.requirement)
         began = time.monotonic()
         with console.status(f"verifying {len(images)} image{'s' if len(images) > 1 else ''}"):
@@ -136,6 +140,16 @@ class Verify:
             "usage": usage,
         }
         return Result(data, _text(self.images, found, verifier.name, verifier.adapted))
+
+    def _reading(self, load: "Callable[[], ModelVerifier]") -> "ModelVerifier | TextVerifier":
+        """Returns the verifier, with a reader of text if there is to be one, which is made first: it may be missing."""
+        if not self.read_text:
+            return load()
+        from clvr_jax.providers.ocr import RapidTextReader
+        from clvr_jax.reasoning.verification.text_in_images import TextVerifier
+
+        reader = RapidTextReader()
+        return TextVerifier(load(), reader)
 
     def _verifier(self, images: "Sequence[np.ndarray]") -> "ModelVerifier":
         """Loads the verifier, after all checks that do not need it."""
