@@ -1,6 +1,5 @@
 """The options of `clvr generate` and `clvr sample` that say which models run, where, and on what."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -18,13 +17,12 @@ from clvr_jax.cli import main, parse
 from clvr_jax.commands.generation.generate import Generate
 from clvr_jax.commands.generation.model_options import parse_lora, parse_quantize
 from clvr_jax.errors import UsageError
-from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers import ocr
 from clvr_jax.reasoning import Trajectory
 from clvr_jax.reasoning.verification.text_in_images import TextVerifier
 from tests.commands.command_line import PROMPT, complaint
+from tests.helpers.models import save_qwen3_vl_that_says
 from tests.providers.server import Reply, failure
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
 
@@ -35,22 +33,8 @@ REPLY = "Draw it.<|image_gen|><|im_end|>"
 
 @pytest.fixture(scope="module")
 def controller(small_qwen3_vl, tmp_path_factory):
-    """A Qwen3-VL that always says REPLY: its layers add nothing, and each token decides the next one."""
-    folder = tmp_path_factory.mktemp("controller") / "qwen3-vl"
-    chat = Qwen3VLPipeline.from_pretrained(small_qwen3_vl)
-    model: Qwen3VL = chat.model
-    layers = model.model.language_model.layers
-    layers.self_attn.o_proj.kernel[...] *= 0
-    layers.mlp.down_proj.kernel[...] *= 0
-    embedding = np.random.default_rng(0).normal(size=model.model.language_model.embed_tokens.embedding.shape)
-    said = [chat.tokenizer("\n")["input_ids"][-1], *chat.tokenizer(REPLY)["input_ids"]]
-    head = np.zeros(embedding.T.shape, np.float32)
-    for token, following in itertools.pairwise(said):
-        head[:, following] = embedding[token]
-    model.model.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding, jnp.float32)
-    model.lm_head.kernel[...] = jnp.asarray(head)
-    chat.save_pretrained(folder)
-    return folder
+    """A Qwen3-VL that always says REPLY."""
+    return save_qwen3_vl_that_says(REPLY, small_qwen3_vl, tmp_path_factory.mktemp("controller") / "qwen3-vl")
 
 
 @pytest.fixture

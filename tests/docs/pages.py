@@ -53,5 +53,6 @@ def programs(text: str) -> list[str]:
 
 
 def cells(text: str) -> list[str]:
-    """The cells of a notebook."""
-    return [code for _, kind, code in FENCE.findall(text) if kind == "{code-cell}"]
+    """The cells of a notebook, without their options."""
+    found = [code for _, kind, code in FENCE.findall(text) if kind == "{code-cell}"]
+    return [re.sub(r"\A(?::\w+:.*\n)+", "", code) for code in found]

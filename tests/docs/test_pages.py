@@ -70,7 +70,7 @@ def test_an_explanation_has_one_idea(name):
 
 def test_tutorials_are_notebooks_without_outputs():
     tutorials = [page for page in PAGES if page.parent.name == "tutorials" and page.stem != "index"]
-    assert len(tutorials) >= 4
+    assert len(tutorials) >= 6
     assert all(page.read_text().startswith("---\njupytext:\n") and cells(page.read_text()) for page in tutorials)
     assert not list((ROOT / "docs").rglob("*.ipynb"))
 

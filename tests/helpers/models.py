@@ -1,8 +1,11 @@
 """Small models with the classes and tokenizers of the shipped ones, and random weights."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from clvr_jax.models.flux2 import Flux2Transformer
@@ -29,4 +32,29 @@ def save_small_qwen3_vl(directory: Path) -> Path:
     vision = dataclasses.replace(sizes.vision, depth=2, deepstack_visual_indexes=(0,))
     model = Qwen3VL(dataclasses.replace(sizes, text=text, vision=vision), rngs=nnx.Rngs(0))
     Qwen3VLPipeline(model, chat.tokenizer, chat.image_processor).save_pretrained(directory)
+    return directory
+
+
+def save_qwen3_vl_that_says(reply: str, small_qwen3_vl: Path, directory: Path) -> Path:
+    """Saves a small Qwen3-VL that always gives one reply: its layers add nothing, and each token decides the next one.
+
+    Args:
+      reply: its tokens must all be different.
+      small_qwen3_vl: see `save_small_qwen3_vl`.
+      directory: where the model is saved; it is returned.
+    """
+    chat = Qwen3VLPipeline.from_pretrained(small_qwen3_vl)
+    model: Qwen3VL = chat.model
+    layers = model.model.language_model.layers
+    layers.self_attn.o_proj.kernel[...] *= 0
+    layers.mlp.down_proj.kernel[...] *= 0
+    embedding = np.random.default_rng(0).normal(size=model.model.language_model.embed_tokens.embedding.shape)
+    said = [chat.tokenizer("\n")["input_ids"][-1], *chat.tokenizer(reply)["input_ids"]]
+    assert len(set(said)) == len(said), "a token occurs twice"
+    head = np.zeros(embedding.T.shape, np.float32)
+    for token, following in itertools.pairwise(said):
+        head[:, following] = embedding[token]
+    model.model.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding, jnp.float32)
+    model.lm_head.kernel[...] = jnp.asarray(head)
+    chat.save_pretrained(directory)
     return directory
