@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 256 << 20
 """Maximum size of a package."""
 
 
