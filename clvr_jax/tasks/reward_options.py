@@ -99,7 +99,7 @@ class RewardOptions(ImageRewardOptions):
     Edit-RRM."""
     edit_reward_model: str = ""
     """With --reward-url: the server's name for the model that judges edits; the name that --edit-judge-protocol was
-    published with if it is empty. Edit-RRM was not published."""
+    published with if it is empty. Edit-RRM has no such name."""
     points_model: str = ""
     """With --edit-judge-protocol edit_rrm: let this model write the points that the judge checks. It is where the judge
     is: a directory or Hugging Face id, or the server's name. The judge of edits writes them if it is empty."""
