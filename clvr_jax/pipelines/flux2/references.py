@@ -162,7 +162,9 @@ class ReferencePipeline(JittedPipeline):
         """
         for _ in range(2):
             try:
-                return jax.block_until_ready(self._kept_caches(pixels, grids))
+                kept = self._kept_caches(pixels, grids)
+                jax.block_until_ready(kept)
+                return kept
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
