@@ -21,6 +21,7 @@ from flax import nnx
 from clvr_jax.configs import flux2_sample
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.cost_model.flops import flux2_flops
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, text_ids
 from clvr_jax.sharding import MeshConfig
@@ -56,7 +57,7 @@ def task(config: Config) -> Task:
     dtype = jnp.dtype(config.train.compute_dtype)
     params = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(FLUX1_DEV))[1]
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: Flux2Transformer(FLUX1_DEV, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat))
+        abstract_module(lambda rngs: Flux2Transformer(FLUX1_DEV, rngs=rngs, dtype=dtype, remat=config.remat))
     )
     shape = jax.ShapeDtypeStruct
     batch = {

@@ -155,7 +155,7 @@ def _jax_outputs(
     directory: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
 ) -> Outputs:
     config = read_json(directory / "config.json")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: architecture.make(config)))
+    graphdef, abstract = architecture.split(config)
     cpu = SingleDeviceSharding(jax.devices("cpu")[0])  # accelerators reduce the precision of float32 matmuls
     shardings = jax.tree.map(lambda _: cpu, abstract)
     stored = nnx.state(load_model(directory, architecture, FLOATS[dtype or "float32"], shardings, variant))

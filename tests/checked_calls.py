@@ -21,9 +21,9 @@ if __name__ == "__main__":
         import jax
         import jax.numpy as jnp
         import numpy as np
-        from flax import nnx
 
         from clvr_jax import diffusion
+        from clvr_jax.models.common.abstract import ShapeRngs
         from clvr_jax.models.common.adapters import KernelAdapter, WeightAdapter, kernel_delta
         from clvr_jax.models.common.attention import attention
         from clvr_jax.models.common.decoding import generate
@@ -65,7 +65,7 @@ if __name__ == "__main__":
         return zeros(*shape, dtype=jnp.int32)
 
     def flux2() -> Any:
-        model = Flux2Transformer(Flux2TransformerConfig.klein_4b(), rngs=nnx.Rngs(0), **DTYPES)
+        model = Flux2Transformer(Flux2TransformerConfig.klein_4b(), rngs=ShapeRngs(), **DTYPES)
         tokens = np.concatenate([latent_ids(4, 4), reference_ids([(2, 3)])])
         inputs = zeros(B, 22, 128), zeros(B, 7, 7680), zeros(B)
         return model(*inputs, tokens, text_ids(7), mask_bt=jnp.ones((B, 29), bool), return_hidden_states=True)
@@ -79,17 +79,17 @@ if __name__ == "__main__":
             joint_attention_dim=24,
             axes_dims_rope=(4, 4, 4, 4),
         )
-        model = quantize_layers(Flux2Transformer(config, rngs=nnx.Rngs(0), **DTYPES))
+        model = quantize_layers(Flux2Transformer(config, rngs=ShapeRngs(), **DTYPES))
         return model(zeros(B, 16, 128), zeros(B, 7, 24), zeros(B), latent_ids(4, 4)[None], text_ids(7), zeros(B))
 
     def qwen3() -> Any:
-        model = Qwen3(Qwen3Config.qwen3_4b(), rngs=nnx.Rngs(0), **DTYPES)
+        model = Qwen3(Qwen3Config.qwen3_4b(), rngs=ShapeRngs(), **DTYPES)
         cache = empty_cache(model.config, model.config.num_hidden_layers, B, 9, jnp.bfloat16)
         masked = model(ids(B, 5), jnp.ones((B, 5), bool)), model(ids(B, 5), positions_bt=ids(B, 5))
         return masked, model.hidden_states(ids(B, 5), ids(B, 5)), model.decode(ids(B, 5), cache, ids(B), keys=7)
 
     def qwen3_vl() -> Any:
-        model = Qwen3VL(Qwen3VLConfig.qwen3_vl_2b(), rngs=nnx.Rngs(0), **DTYPES)
+        model = Qwen3VL(Qwen3VLConfig.qwen3_vl_2b(), rngs=ShapeRngs(), **DTYPES)
         grids = ((1, 4, 6),)
         token = model.config.image_token_id
         patches = np.zeros((24, model.config.vision.patch_features), np.float32)
@@ -101,7 +101,7 @@ if __name__ == "__main__":
         return logits, model.hidden_states(**arrays), generate(model, arrays, max_new_tokens=4, **options)
 
     def clip() -> Any:
-        return CLIPText(CLIPTextConfig.open_clip_vit_bigg(), rngs=nnx.Rngs(0), **DTYPES)(ids(B, 77), clip_skip=1)
+        return CLIPText(CLIPTextConfig.open_clip_vit_bigg(), rngs=ShapeRngs(), **DTYPES)(ids(B, 77), clip_skip=1)
 
     def unet() -> Any:
         config = UNet2DConditionConfig(
@@ -115,14 +115,14 @@ if __name__ == "__main__":
             projection_class_embeddings_input_dim=64,
             time_cond_proj_dim=12,
         )
-        model = UNet2DCondition(config, rngs=nnx.Rngs(0), **DTYPES)
+        model = UNet2DCondition(config, rngs=ShapeRngs(), **DTYPES)
         conditions = {"text_embeds_bd": zeros(B, 16), "time_ids_b6": ids(B, 6), "timestep_cond_bd": zeros(B, 12)}
         return model(zeros(B, 7, 9, 4), ids(B), zeros(B, 5, 24), **conditions)
 
     def autoencoders() -> Any:
-        kl = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(32, 64)), rngs=nnx.Rngs(0), **DTYPES)
+        kl = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(32, 64)), rngs=ShapeRngs(), **DTYPES)
         flux2_config = AutoencoderKLFlux2Config(block_out_channels=(32, 64), layers_per_block=1)
-        autoencoder = AutoencoderKLFlux2(flux2_config, rngs=nnx.Rngs(0), **DTYPES)
+        autoencoder = AutoencoderKLFlux2(flux2_config, rngs=ShapeRngs(), **DTYPES)
         images = zeros(B, 8, 12, 3)
         loss = objectives.autoencoder_loss(kl.moments, kl.decode, images, KEY, 0.1)
         tokens = autoencoder.decode_tokens(autoencoder.encode_tokens(images))

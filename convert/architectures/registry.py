@@ -26,6 +26,7 @@ from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import read_json
 from clvr_jax.files.json_input import JSON, UncheckedJSON
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.common.quantization import quantize_layers
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -93,31 +94,12 @@ class Architecture:
         return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.key_mapping(made))
 
 
-class _OneKeyStream(nnx.RngStream):
-    """Random keys where only shapes are asked for: always the same one.
-
-    A stream that counts its keys updates a traced counter, and for each update JAX composes an error message, which
-    Flax drops, from all operations so far. That takes half of the time in which a model of many layers is traced.
-    """
-
-    def __call__(self) -> jax.Array:
-        return self.key[...]
-
-
-class _ShapeRngs(nnx.Rngs):
-    """The random numbers of a model of which only the shapes are asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.default = _OneKeyStream(0, tag="default")
-
-
 # Tracing a UNet takes seconds, and a conversion needs the result several times.
 @functools.lru_cache(maxsize=16)
 def _split(architecture: Architecture, made: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[nnx.Module], Params]:
     try:
         graphdef, state = nnx.split(
-            nnx.eval_shape(lambda: architecture.module(made, rngs=_ShapeRngs(), dtype=dtype, param_dtype=dtype))
+            abstract_module(lambda rngs: architecture.module(made, rngs=rngs, dtype=dtype, param_dtype=dtype))
         )
     except (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -1,5 +1,6 @@
 """Helpers of the parity tests: PyTorch modules with random weights, and the distance that the design asks for."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,12 @@ def relative_error(ours: Any, reference: Any) -> float:
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, f"{ours.shape} against {reference.shape}"
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def run_jitted(function: Callable[..., Any], model: nnx.Module, *arrays: Any) -> Any:
+    """Returns function(model, *arrays), as one program; without `jax.jit` every operation would be one."""
+    graphdef, state = nnx.split(model)
+    return jax.jit(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))(state, *arrays)
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -20,6 +20,7 @@ from clvr_jax.data.sft_examples import GenerationExamples, PackedExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
@@ -122,7 +123,7 @@ class Flux2Models:
         """Returns the transformer's graph definition with a compute dtype and a rematerialization policy."""
         config = self.transformer.config
         graphdef, _ = nnx.split(
-            nnx.eval_shape(lambda: Flux2Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+            abstract_module(lambda rngs: Flux2Transformer(config, rngs=rngs, dtype=dtype, remat=remat))
         )
         return graphdef
 

@@ -14,6 +14,7 @@ from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import VERIFICATION, TrajectoryDataset
 from clvr_jax.errors import UsageError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.sharding import process_allgather
@@ -177,7 +178,7 @@ def abstract_conversations(
 
 def _training_graphdef(model_config: Qwen3VLConfig, remat: str, dtype: str) -> nnx.GraphDef[Qwen3VL]:
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat))
+        abstract_module(lambda rngs: Qwen3VL(model_config, rngs=rngs, dtype=jnp.dtype(dtype), remat=remat))
     )
     return graphdef
 

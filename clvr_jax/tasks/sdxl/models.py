@@ -14,6 +14,7 @@ from clvr_jax.data.preprocessing.clip_tokens import encode_clip
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.stable_diffusion import AutoencoderKLConfig, CLIPTextConfig, UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import Export, ModelBundle, allgathered
@@ -78,7 +79,7 @@ class SDXLModels:
         """Returns the UNet's graph definition with a compute dtype and a rematerialization policy."""
         config = self.unet.config
         graphdef, _ = nnx.split(
-            nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat))
+            abstract_module(lambda rngs: UNet2DCondition(config, rngs=rngs, dtype=jnp.dtype(dtype), remat=remat))
         )
         return graphdef
 

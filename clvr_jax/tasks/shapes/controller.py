@@ -18,6 +18,7 @@ from clvr_jax.data.preprocessing.qwen3_vl_images import processor_to_dict
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.files.atomic_io import write_json
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.pipelines.flux2.io import load_vae
@@ -94,7 +95,7 @@ def with_deeper_vision(model: Qwen3VL) -> Qwen3VL:
     indexes = tuple(2 * index + 1 for index in vision.deepstack_visual_indexes)
     deeper = dataclasses.replace(vision, depth=2 * vision.depth, deepstack_visual_indexes=indexes)
     config = dataclasses.replace(model.config, vision=deeper)
-    graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = nnx.split(abstract_module(lambda rngs: Qwen3VL(config, rngs=rngs)))[0]
     params = nnx.state(model)
     blocks = params["model"]["visual"]["blocks"]
     params["model"]["visual"]["blocks"] = with_identity_blocks(blocks, (r"attn\.proj\.", r"mlp\.linear_fc2\."))

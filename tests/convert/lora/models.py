@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from clvr_jax.convert.architectures import flux2_transformer, unet_2d_condition
 from clvr_jax.convert.rules import KeyMapping, entries
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import Flux2Transformer
 from clvr_jax.models.stable_diffusion import UNet2DCondition
 from tests.models.flux2 import test_transformer as flux2
@@ -41,7 +42,7 @@ UNET_TARGETS = (
 class Kind:
     """A model in both frameworks, and the diffusers pipeline that reads its LoRA files."""
 
-    model: Callable[[], nnx.Module]
+    model: Callable[[nnx.Rngs], nnx.Module]
     reference: Callable[[], torch.nn.Module]
     key_mapping: KeyMapping
     run: Callable[..., Any]
@@ -59,7 +60,7 @@ class Kind:
 
 @functools.cache
 def _models(kind: Kind) -> Any:
-    model, reference = nnx.eval_shape(kind.model), kind.reference()
+    model, reference = abstract_module(kind.model), kind.reference()
     load_state(model, reference, kind.key_mapping)
     nnx.update(model, jax.tree.map(jnp.asarray, nnx.state(model)))
     return model, reference
@@ -67,7 +68,7 @@ def _models(kind: Kind) -> Any:
 
 def _unet_kind(config: Any, pipeline: Any, **empty: None) -> Kind:
     return Kind(
-        model=lambda: UNet2DCondition(config, rngs=nnx.Rngs(0)),
+        model=lambda rngs: UNet2DCondition(config, rngs=rngs),
         reference=lambda: randomize(
             diffusers.UNet2DConditionModel.from_config(unet_2d_condition.config_to_dict(config))
         ),
@@ -84,7 +85,7 @@ def _unet_kind(config: Any, pipeline: Any, **empty: None) -> Kind:
 OTHER_PARTS = ("scheduler", "vae", "text_encoder", "tokenizer")
 KINDS = {
     "flux2": Kind(
-        model=lambda: Flux2Transformer(flux2.SMALL, rngs=nnx.Rngs(0)),
+        model=lambda rngs: Flux2Transformer(flux2.SMALL, rngs=rngs),
         reference=lambda: flux2.make_reference(flux2.SMALL),
         key_mapping=flux2_transformer.KEY_MAPPING,
         run=flux2.run,

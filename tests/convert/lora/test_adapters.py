@@ -24,7 +24,8 @@ from clvr_jax.trees import leaves_by_path
 from tests.convert.lora.models import KINDS, shapes_of
 
 FLUX2_TARGETS = r".*(to_q|to_k|to_out\.0|linear_in|norm_out\.linear|to_qkv_mlp_proj)"
-UNET_TARGETS = r".*(to_q|to_k|to_out\.0|proj_in|conv1|conv_shortcut)"
+# Every kind of layer, and convolutions with fewer and with more inputs than outputs: each shape is a program.
+UNET_TARGETS = r"(down_blocks|up_blocks\.0\.resnets\.0)\..*(to_q|to_k|to_out\.0|proj_in|conv1|conv_shortcut)"
 TARGETS = {"flux2": FLUX2_TARGETS, "sd15": UNET_TARGETS}
 BOUND = 1e-5
 

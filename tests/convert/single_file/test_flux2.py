@@ -19,6 +19,7 @@ from clvr_jax.convert.architectures import autoencoder_kl_flux2, flux2_transform
 from clvr_jax.convert.rules import state_from_torch
 from clvr_jax.convert.single_file.flux2 import config_of, diffusers_tensors, is_bfl
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.pipelines.registry import SHIPPED
 from tests.models.parity import TOLERANCE, relative_error
@@ -148,7 +149,7 @@ def unwritten(shapes):
 
 def loaded(module, config, stored, key_mapping):
     """Our module with the weights of a file; nothing is initialized."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_module(lambda rngs: module(config, rngs=rngs)))
     tensors = {key: part.open() for key, part in diffusers_tensors(stored).items()}
     return nnx.merge(graphdef, state_from_torch(tensors, state, key_mapping))
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common import decoding
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.common.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
@@ -208,7 +209,7 @@ def test_requests_that_make_no_sense_are_refused():
 
 def test_a_bfloat16_model_decodes(pair):
     trained, _ = pair
-    model = nnx.eval_shape(lambda: Qwen3VL(trained.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = abstract_module(lambda rngs: Qwen3VL(trained.config, rngs=rngs, dtype=jnp.bfloat16))
     nnx.update(model, nnx.state(trained))
     prompts = batch_conversations(make_conversations([SQUARE], [8]), **PLACES)
     tokens = generate(model, prompts, max_new_tokens=4).tokens_bn

@@ -9,6 +9,7 @@ from flax import nnx
 from clvr_jax.convert.architectures.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
@@ -39,7 +40,7 @@ def make_reference(config):
 
 def make_pair(config, **options):
     reference = make_reference(config)
-    model = nnx.eval_shape(lambda: Flux2Transformer(config, rngs=nnx.Rngs(0), **options))
+    model = abstract_module(lambda rngs: Flux2Transformer(config, rngs=rngs, **options))
     load_state(model, reference, KEY_MAPPING)
     return model, reference
 
@@ -179,7 +180,7 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers(preset):
     config = preset()
     with torch.device("meta"):
         reference = diffusers.Flux2Transformer2DModel.from_config(config_to_dict(config))
-    model = nnx.eval_shape(lambda: Flux2Transformer(config, rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: Flux2Transformer(config, rngs=rngs))
     shapes = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
     check_keys(entries(model, KEY_MAPPING), shapes, "meta")
     assert config_from_dict(dict(reference.config)) == config
@@ -187,7 +188,7 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers(preset):
 
 @pytest.mark.parametrize(("preset", "billions"), [(PRESETS[0], 3.876), (PRESETS[1], 9.079)])
 def test_parameter_counts_are_those_of_the_published_models(preset, billions):
-    model = nnx.eval_shape(lambda: Flux2Transformer(preset(), rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: Flux2Transformer(preset(), rngs=rngs))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 

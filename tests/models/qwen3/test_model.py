@@ -11,6 +11,7 @@ from flax import nnx
 from clvr_jax.convert.architectures.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3.layers import empty_cache, inverse_frequencies
 from tests.models.parity import TOLERANCE, load_state, load_tensors, randomize, relative_error
@@ -45,7 +46,7 @@ def torch_shapes(reference):
 
 def make_pair(config, **options):
     reference = randomize(make_reference(config))
-    model = nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), **options))
+    model = abstract_module(lambda rngs: Qwen3(config, rngs=rngs, **options))
     if config.tie_word_embeddings:
         model_state = {key: tensor for key, tensor in reference.state_dict().items() if key != "lm_head.weight"}
         load_tensors(model, {key: tensor.numpy() for key, tensor in model_state.items()}, KEY_MAPPING)
@@ -211,13 +212,13 @@ def test_gradients_match_pytorch_and_are_the_same_with_remat():
 def test_full_size_keys_and_shapes_are_those_of_transformers(preset):
     with torch.device("meta"):
         reference = make_reference(preset())
-    model = nnx.eval_shape(lambda: Qwen3(preset(), rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: Qwen3(preset(), rngs=rngs))
     check_keys(entries(model, KEY_MAPPING), torch_shapes(reference), "meta")
 
 
 @pytest.mark.parametrize(("preset", "billions"), [(Qwen3Config.qwen3_4b, 4.022), (Qwen3Config.qwen3_8b, 8.191)])
 def test_parameter_counts_are_those_of_the_published_models(preset, billions):
-    model = nnx.eval_shape(lambda: Qwen3(preset(), rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: Qwen3(preset(), rngs=rngs))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 

@@ -11,6 +11,7 @@ from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
 
 from clvr_jax.convert.architectures.qwen3_vl import KEY_MAPPING, config_to_dict
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.models.qwen3_vl.positions import Grids, merged_tokens
 from tests.models.parity import load_tensors, randomize
@@ -48,7 +49,7 @@ def make_pair(config: Qwen3VLConfig = SMALL, seed: int = 0) -> tuple[Qwen3VL, Qw
     """Ours and transformers' with the same random weights."""
     reference_config = ReferenceConfig(**config_to_dict(config), attn_implementation="eager")
     reference = randomize(Qwen3VLForConditionalGeneration(reference_config), seed)
-    model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: Qwen3VL(config, rngs=rngs))
     load_tensors(model, checkpoint_of(reference), KEY_MAPPING)
     return model, reference
 

@@ -14,6 +14,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from clvr_jax.convert.architectures.qwen3_vl import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.qwen3.layers import inverse_frequencies
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.positions import (
@@ -122,7 +123,7 @@ def test_an_untied_head_and_text_alone():
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is():
     torch.manual_seed(0)
     reference = Qwen3VLForConditionalGeneration(ReferenceConfig(**config_to_dict(SMALL))).eval()
-    model = nnx.eval_shape(lambda: Qwen3VL(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = abstract_module(lambda rngs: Qwen3VL(SMALL, rngs=rngs, dtype=jnp.bfloat16))
     load_tensors(model, checkpoint_of(reference), KEY_MAPPING)
     ids, patches = conversation(np.random.default_rng(2), ODD, 11)
     inputs = reference_inputs(np.array([ids]), patches, ODD)
@@ -204,7 +205,7 @@ def test_logits_at_chosen_positions(pair):
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_gradients_reach_every_parameter_as_in_the_reference(pair, remat):
     trained, reference = pair
-    model = nnx.eval_shape(lambda: Qwen3VL(SMALL, rngs=nnx.Rngs(0), remat=remat))
+    model = abstract_module(lambda rngs: Qwen3VL(SMALL, rngs=rngs, remat=remat))
     nnx.update(model, nnx.state(trained))
     ids, patches = conversation(np.random.default_rng(9), ODD[:3], 8)
     batch = batch_conversations([Conversation(ids, patches, ODD[:3])], **MROPE, length_multiple=1)
@@ -247,7 +248,7 @@ def test_full_size_keys_and_shapes_agree(name):
     found = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
     if config.tie_word_embeddings:
         found.pop("lm_head.weight")
-    model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: Qwen3VL(config, rngs=rngs))
     check_keys(entries(nnx.state(model), KEY_MAPPING), found, name)
     ours = sum(leaf.size for leaf in leaves_of(nnx.state(model)).values())
     assert ours == sum(parameter.numel() for parameter in reference.parameters())

@@ -13,6 +13,7 @@ from flax import nnx
 from clvr_jax.convert.architectures.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.stable_diffusion import UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.models.stable_diffusion.unet_blocks import Transformer
 from clvr_jax.sharding import MeshConfig, MeshLayout
@@ -51,7 +52,7 @@ SD15 = dataclasses.replace(
 
 def make_pair(config, **options):
     reference = randomize(diffusers.UNet2DConditionModel.from_config(config_to_dict(config)))
-    model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0), **options))
+    model = abstract_module(lambda rngs: UNet2DCondition(config, rngs=rngs, **options))
     load_state(model, reference, key_mapping(config))
     return model, reference
 
@@ -130,7 +131,7 @@ def test_bfloat16_matches_diffusers_in_bfloat16(config):
             if re.search(r"(conv2|proj_out|to_out\.0|net\.2)\.weight", name):
                 parameter *= 0.1
             parameter.copy_(parameter.bfloat16())
-    model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = abstract_module(lambda rngs: UNet2DCondition(config, rngs=rngs, dtype=jnp.bfloat16))
     load_state(model, reference, key_mapping(config))
     inputs = make_inputs(config, (16, 16))
     with torch.no_grad():
@@ -170,7 +171,7 @@ def test_weights_return_bit_for_bit(config):
 def test_full_size_keys_and_shapes_are_those_of_diffusers(config, billions):
     with torch.device("meta"):
         reference = diffusers.UNet2DConditionModel.from_config(config_to_dict(config))
-    model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: UNet2DCondition(config, rngs=rngs))
     shapes = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
     check_keys(entries(model, key_mapping(config)), shapes, "meta")
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) / 1e9 == pytest.approx(billions, abs=5e-4)
@@ -212,7 +213,7 @@ def test_what_is_not_supported_is_refused(fields):
 
 def test_wrong_calls_are_refused_in_one_line():
     inputs = make_inputs(SDXL)
-    model = nnx.eval_shape(lambda: UNet2DCondition(SDXL, rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda rngs: UNet2DCondition(SDXL, rngs=rngs))
     wrong = {
         "latents have shape": {"latents_bhwc": inputs["latents_bhwc"][..., :3]},
         "text has shape": {"text_bsd": inputs["text_bsd"][..., :3]},

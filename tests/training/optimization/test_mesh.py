@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.flux2 import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.sharding import MeshConfig, MeshLayout, Rules, parameter_axes
@@ -100,7 +101,7 @@ def test_every_device_holds_its_part_of_the_state():
 
 def test_the_program_on_a_mesh_has_the_shardings_of_the_table():
     layout = MeshLayout(MeshConfig(fsdp=4, tensor=2).make())
-    shardings = layout.parameters(nnx.state(nnx.eval_shape(lambda: Flux2Transformer(DRAWING.sizes, rngs=nnx.Rngs(0)))))
+    shardings = layout.parameters(nnx.state(abstract_module(lambda rngs: Flux2Transformer(DRAWING.sizes, rngs=rngs))))
     blocks = shardings["transformer_blocks"]
     assert blocks["attn"]["to_q"]["kernel"].get_value().spec == jax.P(None, ("fsdp",), ("tensor",))
     assert blocks["attn"]["to_out"][0]["kernel"].get_value().spec == jax.P(None, ("tensor",), ("fsdp",))
