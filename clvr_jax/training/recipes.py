@@ -24,7 +24,6 @@ from clvr_jax.files.recipe_files import Configuration, config_from_json, config_
 from clvr_jax.processes import broadcast_from_host0
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
-from clvr_jax.training.export_card import add_export_cards
 from clvr_jax.training.loop import mesh_of
 from clvr_jax.training.trainer import Task, TrainConfig, TrainState, fit
 
@@ -145,6 +144,8 @@ def train(recipe: Recipe, config: RecipeConfig, out: Path, *, resume: bool = Fal
     # A run that was asked to stop has exported nothing.
     is_done = int(state.iteration) == config.train.loop(recipe.name).iterations
     if is_done and jax.process_index() == 0 and (out / "export").is_dir():
+        from clvr_jax.training.export_card import add_export_cards  # imports all architectures
+
         add_export_cards(out / "export", out.name, recipe.name, config, int(state.step))
     export = str(out / "export") if is_done else None
     return {"recipe": recipe.name, "out": str(out), "export": export, "steps": int(state.step)}
@@ -203,5 +204,7 @@ def _export_part(run: Path, directory: Path, part: str, name: str) -> int:
         params, step = restore_part(run / "checkpoints", part, wanted)
         with without_layout():
             task.export(params, directory)
+    from clvr_jax.training.export_card import add_export_cards
+
     add_export_cards(directory, name, recipe.name, config, step)
     return step
