@@ -48,7 +48,7 @@ def loss(case, theta, old, reference=None, r=None, valid_mask=None, **config):
 
 
 def gradient(case, old, **options):
-    return jax.grad(lambda params: loss(case, linear(params), old, **options)[0])(case["theta"])
+    return jax.jit(jax.grad(lambda params: loss(case, linear(params), old, **options)[0]))(case["theta"])
 
 
 def test_the_two_mixtures_are_the_identity_of_the_paper():
@@ -95,7 +95,7 @@ def test_old_and_reference_get_no_gradient(case):
     def of(other):
         return loss(case, linear(case["theta"]), linear(other), linear(other), kl_weight=1.0)[0]
 
-    for leaf in jax.tree.leaves(jax.grad(of)(case["other"])):
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(of))(case["other"])):
         np.testing.assert_array_equal(leaf, 0)
 
 

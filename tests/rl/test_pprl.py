@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -63,7 +64,7 @@ def microbatch_grads(dataset, config=CONFIG, optimality=None, valid_mask=None):
     source = RandomSource(np.int32(0), np.int32(0), np.array([s.number for s in steps]))
     batch = RolloutBatch(task.data(steps), source)
     with MeshLayout(MeshConfig(devices=1).make()).active():
-        rollout = collect_rollout(task.policy, config, task.base, params, task.frozen, batch)
+        rollout = jax.jit(partial(collect_rollout, task.policy, config))(task.base, params, task.frozen, batch)
         update_batch = UpdateBatch(
             samples=rollout.samples,
             conditions=rollout.conditions,
@@ -72,7 +73,7 @@ def microbatch_grads(dataset, config=CONFIG, optimality=None, valid_mask=None):
             inner_step=np.int32(0),
             source=source,
         )
-        return loss_and_grads(task.policy, config, params, task.base, params, update_batch)
+        return jax.jit(partial(loss_and_grads, task.policy, config))(params, task.base, params, update_batch)
 
 
 def norm(tree):

@@ -25,6 +25,7 @@ from clvr_jax.training.prefetch import prefetch
 from clvr_jax.training.trainer import fit
 from tests.data.engine.exact_generator import MistakesAt, item
 from tests.data.simulated import simulated
+from tests.models.qwen3_vl.reference import compiled
 
 ONE = MeshConfig(devices=1)
 TRAIN = dataclasses.replace(qwen3_vl_sft.CONFIG.train, steps=3, log_every=1, mesh=ONE)
@@ -87,13 +88,9 @@ def test_the_loss_is_that_of_all_logits_and_a_frozen_tower_is_no_parameter(datas
     task = qwen3_vl_sft.task(config)
     batch = next(batch for batch in task.batches if len(batch.get("grid_thw", ())) > 1)
     pipe = Qwen3VLPipeline.from_pretrained(SHIPPED / "shapes-tiny" / "controller")
-    logits = pipe.model(
-        batch["input_ids_bt"],
-        batch["pixel_values"],
-        batch["grid_thw"],
-        batch["positions_b3t"].swapaxes(0, 1),
-        batch["attention_mask_bt"],
-    )
+    names = ("input_ids_bt", "pixel_values", "grid_thw", "attention_mask_bt")
+    arguments = {name: batch[name] for name in names} | {"positions_3bt": batch["positions_b3t"].swapaxes(0, 1)}
+    logits = compiled(pipe.model, **arguments)
     expected, metrics = next_token_loss(logits, batch["input_ids_bt"], batch["weights_bt"])
     loss, found = jax.jit(task.loss)(task.params, task.frozen, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

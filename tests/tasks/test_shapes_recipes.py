@@ -66,11 +66,12 @@ def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
     state = TrainState.create(task.params, optimizer)
     train_step = make_train_step(task.loss, optimizer, train)
     train_step = train_step.lower(state, task.frozen, text_batch(0, 0, tokenizer, kinds)).compile(OPTIMIZED)
-    for step in range(train.steps):
-        data = text_batch(step, 0, tokenizer, kinds)
-        state, metrics = train_step(state, task.frozen, data)
+    accuracies: list[float] = []
     # Of two or three objects with the right colors and shapes, a guess of who is where names half at best.
-    assert metrics["object_accuracy"] > 0.6
+    while not np.mean(accuracies[-5:] or 0) > 0.6:
+        assert len(accuracies) < train.steps, accuracies
+        state, metrics = train_step(state, task.frozen, text_batch(len(accuracies), 0, tokenizer, kinds))
+        accuracies.append(float(metrics["object_accuracy"]))
 
 
 def test_the_contents_of_a_picture_are_those_of_its_scene():

@@ -57,7 +57,8 @@ def test_the_kernel_of_the_tpu_has_earlier_keys():
     """Interpreted; the numbers of queries and keys are no multiples of its blocks."""
     query, key, value = make(batch=1, queries=40, keys=600, heads=2, kv_heads=2)
     key_mask = jnp.arange(600) % 512 < 500
-    ours = module._splash(query, key, value, key_mask[None], True, 0.2, None, interpret=True)
+    splash = jax.jit(lambda *arrays: module._splash(*arrays, key_mask[None], True, 0.2, None, interpret=True))
+    ours = splash(query, key, value)
     theirs = attention(query, key, value, key_mask_bk=key_mask[None], is_causal=True, scale=0.2)
     assert relative_error(ours, theirs) < TOLERANCE
 
@@ -74,7 +75,7 @@ def test_the_kernel_of_the_tpu_computes_the_same(is_causal, kv_heads):
             out = kind(query, key, value)
             return jnp.sum(jnp.sin(jnp.where(key_mask[:, :, None, None], out, 0))), out
 
-        return jax.value_and_grad(of, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+        return jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2), has_aux=True))(query, key, value)
 
     def splash(q, k, v):
         return module._splash(q, k, v, key_mask, is_causal, 0.2, None, interpret=True)

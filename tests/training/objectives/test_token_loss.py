@@ -28,6 +28,10 @@ def whole(states, head, tokens, weights):
     return next_token_loss(jnp.pad(states @ head, ((0, 0), (0, 1), (0, 0))), *shifted)
 
 
+def loss_and_grads(loss):
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
 def close(found, expected):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-7), found, expected)
 
@@ -37,8 +41,7 @@ def test_blocks_add_up_to_the_whole(arrays, block):
     def in_blocks(*arrays):
         return next_token_loss_in_blocks(*arrays, block)
 
-    both = [jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arrays) for loss in (in_blocks, whole)]
-    close(*both)
+    close(loss_and_grads(in_blocks)(*arrays), loss_and_grads(whole)(*arrays))
 
 
 @pytest.mark.parametrize(
@@ -53,9 +56,8 @@ def test_blocks_add_up_to_the_whole(arrays, block):
 )
 def test_the_loss_is_the_same_on_every_mesh(arrays, mesh):
     with MeshLayout(mesh.make()).active():
-        step = jax.jit(jax.value_and_grad(lambda *a: next_token_loss_in_blocks(*a, 2), argnums=(0, 1), has_aux=True))
-        found = step(*arrays)
-    close(found, jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(*arrays))
+        found = loss_and_grads(lambda *arrays: next_token_loss_in_blocks(*arrays, 2))(*arrays)
+    close(found, loss_and_grads(whole)(*arrays))
 
 
 def test_nothing_is_sent_at_every_block():
