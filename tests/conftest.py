@@ -143,8 +143,6 @@ def own_directories(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, mo
 @pytest.fixture(scope="session")
 def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline directory with random weights that generates images of 64 x 64 pixels; tests only read it."""
-    from flax import nnx
-
     from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
     from clvr_jax.models.flux2 import (
         AutoencoderKLFlux2,
@@ -155,10 +153,10 @@ def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
     from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
     from tests.commands.command_line import PROMPT
+    from tests.helpers.models import random_module
 
     folder = tmp_path_factory.mktemp("drawing")
     train_tokenizer([PROMPT], 320, folder / "words")
-    rngs = nnx.Rngs(0)
     vae = AutoencoderKLFlux2Config(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64
     )
@@ -186,9 +184,9 @@ def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         guidance_embeds=False,
     )
     Flux2Pipeline(
-        Flux2Transformer(transformer, rngs=rngs),
-        AutoencoderKLFlux2(vae, rngs=rngs),
-        Qwen3(encoder, rngs=rngs),
+        random_module(lambda rngs: Flux2Transformer(transformer, rngs=rngs)),
+        random_module(lambda rngs: AutoencoderKLFlux2(vae, rngs=rngs)),
+        random_module(lambda rngs: Qwen3(encoder, rngs=rngs)),
         load_tokenizer(folder / "words"),
         Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128, 640), sample_size=64, num_inference_steps=2),
     ).save_pretrained(str(folder / "model"))

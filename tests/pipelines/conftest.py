@@ -3,12 +3,12 @@
 import diffusers
 import numpy as np
 import pytest
-from flax import nnx
 
 from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from tests.helpers.models import random_module
 from tests.pipelines.flux2.settings import SETTINGS
 from tests.pipelines.sdxl.models import components
 
@@ -26,11 +26,10 @@ def folder(tmp_path_factory):
         in_channels=vae.token_channels, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=96, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
     )  # fmt: skip
-    rngs = nnx.Rngs(3)
     pipeline = Flux2Pipeline(
-        Flux2Transformer(transformer, rngs=rngs),
-        AutoencoderKLFlux2(vae, rngs=rngs),
-        Qwen3(encoder, rngs=rngs),
+        random_module(lambda rngs: Flux2Transformer(transformer, rngs=rngs), 3),
+        random_module(lambda rngs: AutoencoderKLFlux2(vae, rngs=rngs), 3),
+        random_module(lambda rngs: Qwen3(encoder, rngs=rngs), 3),
         load_tokenizer(path / "tokenizer"),
         SETTINGS,
     )

@@ -14,6 +14,7 @@ from clvr_jax.models.common.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.tasks.qwen3_vl import PRESETS
+from tests.helpers.models import random_module
 from tests.models.qwen3_vl.reference import SMALL, conversation
 
 GRIDS = ((1, 8, 8), (1, 8, 8))
@@ -25,7 +26,8 @@ def test_it_says_what_decoding_says(monkeypatch):
     rng = np.random.default_rng(0)
     chats = [Conversation(*conversation(rng, GRIDS, text), GRIDS) for text in (9, 20)]
     batch = batch_conversations(chats, image_token_id=SMALL.image_token_id, merge=SMALL.vision.spatial_merge_size)
-    model = Qwen3VL(sizes, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)  # as the program computes
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}  # as the program computes
+    model = random_module(lambda rngs: Qwen3VL(sizes, rngs=rngs, **dtypes))
     length = batch["input_ids_bt"].shape[1]
     config = qwen3_vl_judge.Config(batch_size=2, images=2, size=64, text=length - 2 * 16, answer=6)
     program = qwen3_vl_judge.program(config)

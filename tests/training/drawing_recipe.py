@@ -11,6 +11,7 @@ from clvr_jax.models.flux2 import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, text_ids
 from clvr_jax.training.objectives.losses import flow_matching_loss
 from clvr_jax.training.trainer import Task, TrainConfig
+from tests.helpers.models import random_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ CONFIG = Config()
 
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
-    graphdef, params = nnx.split(Flux2Transformer(config.sizes, rngs=nnx.Rngs(0), remat=config.remat))
+    model = random_module(lambda rngs: Flux2Transformer(config.sizes, rngs=rngs, remat=config.remat))
+    graphdef, params = nnx.split(model)
     params = jax.device_get(params)  # a mesh takes its parts of NumPy's without a program for each shape
     tokens, side = config.side**2, config.side
 

@@ -14,6 +14,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3.layers import empty_cache, inverse_frequencies
+from tests.helpers.models import random_module
 from tests.models.parity import TOLERANCE, load_state, load_tensors, randomize, relative_error
 
 SMALL = Qwen3Config(
@@ -156,7 +157,8 @@ def test_bfloat16_matches_transformers_in_bfloat16():
     # rounding of each layer up, and PyTorch itself is 2 % away from its float32 result; 1 % is about one last digit.
     with torch.no_grad():
         exact.model.embed_tokens.weight *= 15
-    model = Qwen3(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = abstract_module(lambda rngs: Qwen3(config, rngs=rngs, **dtypes))
     load_state(model, exact, KEY_MAPPING)
     nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), nnx.state(model)))
     ids, mask = make_prompts((40, 61), 61)
@@ -225,7 +227,7 @@ def test_parameter_counts_are_those_of_the_published_models(preset, billions):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_way_back_to_pytorch_gives_the_same_output(tied):
     config = change(SMALL, tie_word_embeddings=tied)
-    model, reference = Qwen3(config, rngs=nnx.Rngs(3)), make_reference(config).eval()
+    model, reference = random_module(lambda rngs: Qwen3(config, rngs=rngs)), make_reference(config).eval()
     tensors = {key: torch.tensor(array) for key, array in state_to_torch(model, KEY_MAPPING).items()}
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == torch_shapes(reference)
     reference.load_state_dict(tensors, strict=not tied)
@@ -261,7 +263,7 @@ def test_models_we_cannot_run_are_refused(fields, message):
 
 
 def test_wrong_calls_are_refused():
-    model = Qwen3(SMALL, rngs=nnx.Rngs(0))
+    model = random_module(lambda rngs: Qwen3(SMALL, rngs=rngs))
     ids, mask = make_prompts((4,), 6)
     for layers in [(5,), (-1,), ()]:
         with pytest.raises(ClvrError, match=r"indices in 0\.\.4"):

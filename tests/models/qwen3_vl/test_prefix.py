@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.decoding import Prefix, generate
@@ -14,6 +13,7 @@ from clvr_jax.models.common.sampling import Sampling
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.image_buckets import bucket_conversations, bucket_suffixes
 from clvr_jax.models.qwen3_vl.positions import Conversation, part_of
+from tests.helpers.models import random_module
 from tests.models.parity import relative_error
 from tests.models.qwen3_vl.reference import SMALL, compiled, conversation
 
@@ -26,7 +26,8 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def model():
     # An untied head, so that replies do not repeat one token.
-    return Qwen3VL(dataclasses.replace(SMALL, tie_word_embeddings=False), rngs=nnx.Rngs(0))
+    config = dataclasses.replace(SMALL, tie_word_embeddings=False)
+    return random_module(lambda rngs: Qwen3VL(config, rngs=rngs))
 
 
 def make(grids, text, seed=0):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 
 from clvr_jax.convert.architectures import CLIP_TEXT, CLIP_TEXT_PROJECTED
 from clvr_jax.convert.architectures.clip_text import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
@@ -13,6 +12,7 @@ from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.stable_diffusion import CLIPText, CLIPTextConfig
+from tests.helpers.models import random_module
 from tests.models.parity import TOLERANCE, load_tensors, randomize, relative_error
 
 EOS = 90
@@ -150,7 +150,7 @@ def test_models_we_cannot_run_are_refused(fields, message):
 
 
 def test_wrong_calls_are_refused():
-    model = CLIPText(SMALL, rngs=nnx.Rngs(0))
+    model = random_module(lambda rngs: CLIPText(SMALL, rngs=rngs))
     with pytest.raises(ClvrError, match="max_position_embeddings 11"):
         model(np.zeros((1, 12), np.int32))
     with pytest.raises(ClvrError, match=r"in 0\.\.3"):

@@ -7,7 +7,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from PIL import Image
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
@@ -18,6 +17,7 @@ from clvr_jax.models.flux2 import Flux2Transformer
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline
 from clvr_jax.reasoning import GenerationRequest
+from tests.helpers.models import random_module
 from tests.pipelines.flux2.settings import LENGTH, SETTINGS
 from tests.reasoning.scripted import ScriptedController
 
@@ -257,7 +257,7 @@ def test_damaged_weights_are_named(folder, shared, tmp_path, damage):
         message = r"missing: .*unexpected: "
     else:
         config = dataclasses.replace(shared.transformer.config, joint_attention_dim=80)
-        other = Flux2Transformer(config, rngs=nnx.Rngs(0))
+        other = random_module(lambda rngs: Flux2Transformer(config, rngs=rngs))
         save_model(tmp_path / "other", other, FLUX2_TRANSFORMER)
         file.write_bytes((tmp_path / "other" / file.name).read_bytes())
         message = r"context_embedder\.weight \(expected \(64, 96\), found \(64, 80\)\)"

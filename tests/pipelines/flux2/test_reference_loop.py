@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux2
-from flax import nnx
 from PIL import Image
 
 from clvr_jax.errors import UsageError
@@ -20,6 +19,7 @@ from clvr_jax.pipelines.images import to_pil
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.sharding import MeshConfig
+from tests.helpers.models import random_module
 from tests.pipelines.flux2.settings import LENGTH
 from tests.reasoning.scripted import NoisyController
 
@@ -182,7 +182,7 @@ def test_other_weights_or_another_mesh_drop_what_is_kept(folder, computed, pipe)
     first = pipe(PROMPT, **arguments).images
     trained = pipe.transformer
     try:
-        pipe.transformer = Flux2Transformer(trained.config, rngs=nnx.Rngs(8))
+        pipe.transformer = random_module(lambda rngs: Flux2Transformer(trained.config, rngs=rngs), seed=8)
         other = pipe(PROMPT, **arguments).images
         assert computed.count == 2
         kernel = pipe.transformer.x_embedder.kernel

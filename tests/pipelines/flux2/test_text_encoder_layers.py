@@ -6,7 +6,6 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from clvr_jax.checkpoint_io.tensors import StoredTensor, stored_tensors
 from clvr_jax.convert import shards
@@ -16,6 +15,7 @@ from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2.io import load_text_encoder, save_text_encoder
+from tests.helpers.models import random_module
 
 CONFIG = Qwen3Config(64, 16, 24, 5, 2, 1, 8)
 IDS = np.arange(12, dtype=np.int32).reshape(2, 6)
@@ -26,7 +26,7 @@ MASK = np.array([[1] * 6, [1] * 4 + [0] * 2], np.int32)
 def directory(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("encoder") / "text_encoder"
     config = dataclasses.replace(CONFIG, tie_word_embeddings=request.param)
-    save_model(path, Qwen3(config, rngs=nnx.Rngs(1)), QWEN3)
+    save_model(path, random_module(lambda rngs: Qwen3(config, rngs=rngs)), QWEN3)
     return path
 
 
@@ -82,7 +82,7 @@ def test_weights_are_never_lost_silently(directory, tmp_path):
             save_text_encoder(tmp_path / "saved", part, source, "float32")
     shutil.copytree(directory, tmp_path / "other")
     other = dataclasses.replace(part.config, num_hidden_layers=4)
-    save_model(tmp_path / "other", Qwen3(other, rngs=nnx.Rngs(1)), QWEN3)
+    save_model(tmp_path / "other", random_module(lambda rngs: Qwen3(other, rngs=rngs)), QWEN3)
     with pytest.raises(ClvrError, match="not the model that the text encoder was loaded from any more"):
         save_text_encoder(tmp_path / "saved", part, tmp_path / "other", "float32")
     assert not (tmp_path / "saved").exists()

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.errors import UsageError
@@ -20,7 +19,7 @@ from clvr_jax.reasoning.verification.verification import report
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.requirements import describe
-from tests.helpers.models import save_small_qwen3_vl
+from tests.helpers.models import random_module, save_small_qwen3_vl
 
 NEW = 12
 TEXT = "a red circle left of a blue square, above two green triangles and a very small purple star on the right. "
@@ -155,7 +154,7 @@ def test_memory_is_bounded_and_what_was_replaced_is_computed_again(plain):
 
 def test_other_weights_have_no_prefixes(cached, plain):
     check(cached, plain, rounds(2))
-    other = Qwen3VL(plain.model.config, rngs=nnx.Rngs(1))
+    other = random_module(lambda rngs: Qwen3VL(plain.model.config, rngs=rngs), seed=1)
     reference = Qwen3VLPipeline(other, plain.tokenizer, plain.image_processor)
     cached.model = other
     assert check(cached, reference, rounds(2)) == 0
