@@ -54,9 +54,10 @@ test: $(VENV)/.test  ## the whole suite
 test-fast: $(VENV)/.test  ## without the tests marked slow
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-# Run it twice: the first run also compiles the programs that are cached on disk.
+# From an empty cache of compiled programs, as in CI: what a test costs first.
 test-costs: $(VENV)/.test  ## CPU seconds of every test; fails where the marker slow does not agree with them
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations-cpu=0 --check-slow
+	programs=$$(mktemp -d) && trap 'rm -rf "$$programs"' EXIT && JAX_COMPILATION_CACHE_DIR=$$programs \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations-cpu=0 --check-slow
 
 # A fixed part of the malformed inputs is among the tests; this runs all of them.
 test-robustness: $(VENV)/.test  ## malformed input of every kind: one line, exit 1 or 2, nothing left behind

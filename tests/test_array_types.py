@@ -23,10 +23,12 @@ def outcomes():
     return json.loads(child.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_all_calls_are_named(outcomes):
     assert tuple(outcomes) == CALLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_arrays_are_as_annotated(outcomes, name):
     assert outcomes[name] is None

@@ -27,6 +27,7 @@ except SystemExit:
 """
 
 
+@pytest.mark.slow
 def test_the_public_names_and_clvr_generate_need_no_training_package():
     done = subprocess.run(
         [sys.executable, "-c", SAMPLING.format(packages=TRAINING_PACKAGES)], capture_output=True, text=True

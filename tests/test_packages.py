@@ -59,6 +59,7 @@ def imports(package: str, nodes: Callable[[ast.AST], Iterable[ast.AST]] = ast.wa
     return found
 
 
+@pytest.mark.slow
 def test_no_import_runs_to_a_higher_layer():
     layer, found = layers(), imports("clvr_jax")
     packages = {path.parent.name for path in (ROOT / "clvr_jax").glob("*/__init__.py")} - {"configs"}
@@ -68,6 +69,7 @@ def test_no_import_runs_to_a_higher_layer():
     assert not upward
 
 
+@pytest.mark.slow
 def test_packages_do_not_import_each_other_in_a_cycle():
     found = imports("clvr_jax")
     found["commands"].remove("cli")  # one row of the table: the workers of `clvr launch` run `clvr`

@@ -83,6 +83,7 @@ def test_every_architecture_is_among_them(saved):
     assert {architecture_of(folder) for folder in saved.iterdir()} == set(ARCHITECTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_is_bit_for_bit_and_pytorch_loads_it(saved, tmp_path, name):
     source = saved / name
@@ -105,6 +106,7 @@ def test_there_and_back_is_bit_for_bit_and_pytorch_loads_it(saved, tmp_path, nam
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux2", "flux2 autoencoder", "qwen3-vl"])
 def test_an_abstract_model_has_the_structure_and_the_shapes_of_a_model_with_weights(saved, name):
     architecture = architecture_of(saved / name)
@@ -144,6 +146,7 @@ def test_a_head_stored_beside_the_embeddings_it_is_tied_to_is_left_out(saved, tm
         plan(folder, "jax")
 
 
+@pytest.mark.slow
 def test_the_format_may_stay_where_the_dtype_changes(saved, tmp_path):
     convert(plan(saved / "unet of sd1.5", "torch", "float32"), tmp_path / "torch")
     for key, stored in stored_tensors(saved / "unet of sd1.5").items():

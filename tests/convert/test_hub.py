@@ -185,6 +185,7 @@ def test_a_full_disk_is_said_before_and_while_it_fills(hub, monkeypatch):
     assert "no room left" in failure(REPOSITORY)
 
 
+@pytest.mark.slow
 def test_the_environment_is_that_of_the_library(tmp_path):
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as a user sets them: before the process begins."""
     program = (

@@ -89,6 +89,7 @@ def spoiled(folder, name, edit, target):
     return target
 
 
+@pytest.mark.slow
 def test_small_models_of_every_architecture_agree_and_nothing_else_is_said(saved, converted, capfd):
     seen = []
     agreements = verify(saved, converted, on_model=seen.append)
@@ -102,6 +103,7 @@ def test_small_models_of_every_architecture_agree_and_nothing_else_is_said(saved
     assert diffusers.utils.logging.get_verbosity() == diffusers.utils.logging.WARNING
 
 
+@pytest.mark.slow
 def test_the_shipped_pipeline_agrees(tmp_path):
     shapes = SHIPPED / "shapes-tiny"
     convert(plan(shapes, "jax"), tmp_path / "jax")
@@ -135,6 +137,7 @@ def test_every_weight_has_a_part_in_what_is_compared(converted, name):
             assert not compare(name, "", found, expected).agrees, key
 
 
+@pytest.mark.slow
 def test_one_wrong_weight_is_found_and_its_model_named(saved, converted, tmp_path):
     pair = tmp_path / "torch"
     for name in ("clip", "qwen3"):
@@ -163,6 +166,7 @@ def test_a_nan_is_no_agreement(saved, tmp_path):
         assert not agreement.agrees
 
 
+@pytest.mark.slow
 def test_another_models_weights_and_a_folder_beside_itself(saved, converted, tmp_path):
     make(*MODELS["clip_projected"], seed=1).save_pretrained(tmp_path / "other")
     (same,) = verify(saved / "clip_projected", saved / "clip_projected")
@@ -171,6 +175,7 @@ def test_another_models_weights_and_a_folder_beside_itself(saved, converted, tmp
     assert other.differing == ["hidden state -2", "last hidden state", "pooled"]
 
 
+@pytest.mark.slow
 def test_a_conversion_that_casts_is_compared_with_what_was_cast(saved, converted, tmp_path):
     convert(plan(saved / "clip", "jax", "bfloat16"), tmp_path / "jax")
     convert(plan(converted / "clip", "torch", "float16"), tmp_path / "torch")
@@ -180,6 +185,7 @@ def test_a_conversion_that_casts_is_compared_with_what_was_cast(saved, converted
     assert [unaware.agrees, to_jax.agrees, to_torch.agrees] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_variant_is_compared_with_that_variant(saved, tmp_path):
     model = make(*MODELS["clip"], seed=1)
     model.save_pretrained(tmp_path / "torch" / "clip", variant="fp16")
@@ -190,6 +196,7 @@ def test_a_variant_is_compared_with_that_variant(saved, tmp_path):
     assert [a.agrees for a in verify(tmp_path / "torch", tmp_path / "jax")] == [False, True]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_one_clear_error(saved, converted, tmp_path, monkeypatch):
     for folder in (tmp_path / "flux.safetensors", converted):
         with pytest.raises(UsageError, match="not a directory that PyTorch reads"):

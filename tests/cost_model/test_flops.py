@@ -86,6 +86,7 @@ def test_flux2_forward():
     assert compiled_flops(velocity, flux, *FLUX_INPUTS) == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_flux2_training(remat):
     counted = flux2_flops(FLUX, BATCH, text=TEXT, image=SIDE * SIDE).hardware(remat)
@@ -151,6 +152,7 @@ def qwen3(rngs):
     return Qwen3(QWEN3, rngs=rngs, remat="full")
 
 
+@pytest.mark.slow
 def test_qwen3_forward_and_training():
     counted, ids = qwen3_flops(QWEN3, BATCH, 128), array(BATCH, 128, dtype=jnp.int32)
     assert compiled_flops(Qwen3.__call__, qwen3, ids) == pytest.approx(counted.forward, rel=0.01)
@@ -186,6 +188,7 @@ def test_qwen3_vl():
     assert compiled == pytest.approx(qwen3_vl_flops(config, BATCH, tokens, grids).forward, rel=0.01)
 
 
+@pytest.mark.slow
 def test_autoencoder():
     config = AutoencoderKLFlux2Config(block_out_channels=(64, 128, 256))
 
@@ -198,6 +201,7 @@ def test_autoencoder():
     assert decode == pytest.approx(decoder_flops(config, BATCH, 512, 384).forward, rel=0.02)
 
 
+@pytest.mark.slow
 def test_unet():
     config = UNet2DConditionConfig(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),

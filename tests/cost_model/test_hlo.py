@@ -267,6 +267,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
     assert (found.axis, found.devices) == (axis, 2 ** len(found.axes))
 
 
+@pytest.mark.slow
 def test_training_step_compiled_for_tpu():
     """Layers cut along fsdp and tensor: weights are gathered forward and backward, gradients scattered, all by XLA."""
     pytest.importorskip("libtpu", reason="libtpu is not installed")

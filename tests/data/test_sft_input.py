@@ -135,6 +135,7 @@ def test_a_conversation_has_all_steps_that_were_not_rolled_back(tmp_path, tokeni
     np.testing.assert_allclose(shown, np.array([0, 2, 3]) / 127.5 - 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_is_a_small_share_of_an_epoch(dataset, tokenizer):
     """Pads real texts of the shapes world to the lengths of their samples."""
     generated = GenerationExamples(dataset, tokenizer, dropout=0.0)
@@ -192,6 +193,7 @@ def test_the_latest_instruction_is_never_left_out(tokenizer, tmp_path):
         assert f"<IMG_GEN_7>\nAdd {last}." in text
 
 
+@pytest.mark.slow
 def test_dropout_removes_texts_and_keeps_images(few, tokenizer):
     examples = GenerationExamples(few, tokenizer, dropout=0.25)
     loader, kept = BatchLoader(examples, 16), BatchLoader(GenerationExamples(few, tokenizer, dropout=0.0), 16)

@@ -45,6 +45,7 @@ def texts(messages, role):
     return [message["content"] for message in messages if message["role"] == role]
 
 
+@pytest.mark.slow
 def test_comparisons_share_one_description_and_half_of_them_are_met():
     rng = np.random.default_rng(SEED)
     chats = [comparisons_chat(rng, 5) for _ in range(300)]
@@ -102,6 +103,7 @@ def test_a_conversation_ends_with_the_exact_reply_also_after_wrong_replies():
     assert num_wrong >= 3
 
 
+@pytest.mark.slow
 def test_distractor_labels_agree_with_the_detector():
     rng = np.random.default_rng(SEED)
     clear = unclear = 0
@@ -120,6 +122,7 @@ def test_distractor_labels_agree_with_the_detector():
     assert (clear, unclear) > (50, 100)
 
 
+@pytest.mark.slow
 def test_recolored_objects_stay_as_clear_as_they_were():
     rng = np.random.default_rng(SEED)
     unequal = checked = more = 0
@@ -144,6 +147,7 @@ def test_recolored_objects_stay_as_clear_as_they_were():
     assert unequal <= 0.03 * checked, "pixels are rounded and clipped, which few objects on the border notice"
 
 
+@pytest.mark.slow
 def test_outlines_stay_as_clear_as_they_were_in_random_colors():
     rng = np.random.default_rng(SEED)
     present = unequal = 0

@@ -150,6 +150,7 @@ def test_a_sharded_merge_is_the_unsharded_one_bit_for_bit(dtype, compiled):
         assert np.asarray(leaf).tobytes() == np.asarray(plain[name]).tobytes(), name
 
 
+@pytest.mark.slow
 def test_three_unets_merge_into_one_that_runs():
     kind = KINDS["sd15"]
     base = nnx.state(kind.make_pair()[0])
@@ -166,6 +167,7 @@ def test_three_unets_merge_into_one_that_runs():
     assert relative_error(merged, alone) > 0.01
 
 
+@pytest.mark.slow
 def test_a_lora_tree_applied_is_its_products_added():
     base = {"layer": {"q": {"kernel": (8, 6)}, "stack": {"kernel": (3, 8, 6)}, "conv": {"kernel": (3, 3, 4, 5)}}}
     is_shape = {"is_leaf": lambda node: isinstance(node, tuple)}

@@ -35,6 +35,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(streaming, "_BLOCKS", (64, 256))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 1.3)])
 def test_a_merge_is_the_float64_result_to_one_ulp_and_that_of_trees_bit_for_bit(tmp_path, monkeypatch, dtype, weights):
@@ -88,6 +89,7 @@ def test_weights_by_pattern_hold_for_the_keys_they_are_found_in(tmp_path):
         plan_merge(*paths, Settings(align_weight={"atn": 0.5}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dswm", "ties", "dare"])
 def test_a_merge_that_was_killed_goes_on_and_ends_the_same(tmp_path, method):
     paths, settings = three_models(tmp_path, shards=(2, 1, 3)), Settings(method)
@@ -186,6 +188,7 @@ def test_ties_is_what_its_paper_says(tmp_path, monkeypatch):
     assert {float(x) for x in np.unique(share)} == {0.0, 1.0, 2.0, 3.0}  # every case occurs
 
 
+@pytest.mark.slow
 def test_dare_drops_at_random_and_keeps_the_mean(tmp_path):
     base = {key: np.zeros_like(values) for key, values in random_tensors(0).items()}
     ones = {key: np.ones_like(values) for key, values in base.items()}

@@ -52,6 +52,7 @@ def answered_alone(small_qwen3_vl):
     return answered(Qwen3VLPipeline.from_pretrained(small_qwen3_vl))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone, name):
     pipeline = Flux2Pipeline.from_pretrained(str(folder), mesh=MESHES[name])
@@ -61,6 +62,7 @@ def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone
     assert held < (0.2 if name == "fsdp" else 0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(small_qwen3_vl, answered_alone, name):
     text, logprobs = answered(Qwen3VLPipeline.from_pretrained(small_qwen3_vl, mesh=MESHES[name]))

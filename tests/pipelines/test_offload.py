@@ -21,6 +21,7 @@ def kinds(module):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(module))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, devices=2)])
 def test_images_are_those_of_a_pipeline_on_the_device(folder, mesh):
     expected = Flux2Pipeline.from_pretrained(str(folder), mesh=mesh)("a red circle", **OPTIONS).images
@@ -31,6 +32,7 @@ def test_images_are_those_of_a_pipeline_on_the_device(folder, mesh):
         assert np.array_equal(pipeline("a red circle", **OPTIONS).images, expected)
 
 
+@pytest.mark.slow
 def test_one_model_is_on_the_device_at_a_time(folder, small_qwen3_vl, monkeypatch):
     before = {id(array) for array in jax.live_arrays()}
     loop = ClosedLoopPipeline.from_pretrained(str(folder), controller=str(small_qwen3_vl), offload="components")

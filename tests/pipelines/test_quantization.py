@@ -50,6 +50,7 @@ def test_a_quantized_model_needs_at_most_55_percent_of_the_memory_in_bfloat16(pa
     assert quantized <= 0.55 * held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, devices=4), MeshConfig(fsdp=8)])
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_are_quantized_on_loading_as_in_memory(part, mesh):
@@ -88,6 +89,7 @@ def test_a_quantized_pipeline_on_a_mesh_generates_what_one_device_generates(fold
     np.testing.assert_allclose(spread, alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_plans_of_the_shipped_controller_stay_the_same():
     """The first 48 tokens of 16 plans; benchmarks/int8_accuracy.py compares 200 replies and 32 images."""
     rng = np.random.default_rng(5)

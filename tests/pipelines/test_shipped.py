@@ -41,6 +41,7 @@ def test_scenes_survive_the_autoencoder():
     assert exact >= 0.995 * 600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformer", ["transformer", "transformer_base", "transformer_sft"])
 def test_pytorch_draws_the_same_from_the_shipped_folder(transformer):
     """The folder as it lies there, read by diffusers, sampled as it says: to a picture and from one."""

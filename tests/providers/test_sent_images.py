@@ -49,6 +49,7 @@ def test_an_image_of_another_size_is_refused_before_it_is_decoded(server, endpoi
     assert error.fault == "malformed"
 
 
+@pytest.mark.slow
 def test_what_an_image_that_fails_consists_of_is_not_kept(server, endpoint):
     """Frames of an error that is in a cycle would hold all of it until the garbage collector runs."""
     content = b"x" * 1_000_000

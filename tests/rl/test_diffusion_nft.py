@@ -63,6 +63,7 @@ def test_the_two_mixtures_are_the_identity_of_the_paper():
             assert left == pytest.approx(right, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, 1.0, 2.0])
 def test_at_theta_equal_old_the_gradient_is_weighted_regression_whatever_beta_is(case, beta):
     """Of c (2 r - 1) |x0_theta - x0|^2 / w, with w the error of old: the sample's own reconstruction."""

@@ -24,6 +24,7 @@ def gaussian_velocity(x, t):
     return -MEAN + (t - (1 - t) * SPREAD**2) / spread * (x - (1 - t) * MEAN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
 def test_the_random_roll_out_has_the_marginals_of_the_flow(eta):
     """Of a normal target, whose velocity is known: mean and deviation at two noise levels.
@@ -52,6 +53,7 @@ def test_the_random_roll_out_has_the_marginals_of_the_flow(eta):
     assert np.corrcoef(start[:, 0], found[:, 1])[0, 1] < 0.97
 
 
+@pytest.mark.slow
 def test_a_path_is_one_row_s_own_and_ends_without_noise():
     noise = jax.random.normal(jax.random.key(1), (3, 4, 6))
     keys = jax.random.split(jax.random.key(2), 3)
@@ -96,6 +98,7 @@ def nudged(case, size):
     return jax.tree.map(lambda leaf: leaf + size * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), case["old"])
 
 
+@pytest.mark.slow
 def test_at_theta_equal_old_the_ratio_is_one_and_the_gradient_the_weighted_score(case):
     def log_density(params):
         """Mean over the numbers of a latent of the normal log-density of x_next."""
@@ -153,6 +156,7 @@ def metrics(out):
     return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in found]
 
 
+@pytest.mark.slow
 def test_the_loop_trains_it_and_goes_on_where_it_was_stopped(dataset, tmp_path):
     config = changed(
         algorithm="grpo", grpo=GRPOConfig(kl_weight=0.0, clip=1e-2), optimizer={"learning_rate": 2e-2}, epochs=16

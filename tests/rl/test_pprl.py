@@ -80,6 +80,7 @@ def norm(tree):
     return float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))))
 
 
+@pytest.mark.slow
 def test_equal_rewards_pull_nowhere(dataset, tmp_path):
     config = changed(groups_per_microbatch=2, nft=NFTConfig(kl_weight=0.0))
     unequal = np.random.default_rng(0).random(config.microbatch_size).astype(np.float32)
@@ -107,6 +108,7 @@ def test_the_order_in_which_steps_are_chosen_changes_nothing(dataset, undisturbe
     assert_same(fit(task, CONFIG, tmp_path), undisturbed[1])
 
 
+@pytest.mark.slow
 def test_groups_that_share_a_microbatch_and_padding_change_nothing_but_rounding(dataset, undisturbed, tmp_path):
     config = changed(groups_per_microbatch=4, updates_per_epoch=1, epochs=2)
     single = changed(updates_per_epoch=1, epochs=2)
@@ -116,6 +118,7 @@ def test_groups_that_share_a_microbatch_and_padding_change_nothing_but_rounding(
     assert_close(many.old, one.old, 2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_eight_devices_are_one(dataset, undisturbed, tmp_path, mesh):
     config = changed(mesh=mesh)
@@ -127,6 +130,7 @@ def test_eight_devices_are_one(dataset, undisturbed, tmp_path, mesh):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_and_went_on_is_the_run_that_did_not(dataset, undisturbed, tmp_path):
     fit(make_task(dataset), CONFIG, tmp_path, stop_after=2)
     assert not (tmp_path / "export").exists()
@@ -168,6 +172,7 @@ def test_the_policy_that_samples_follows_the_one_that_trains(dataset, tmp_path):
     assert norm(jax.tree.map(jnp.subtract, state.params, task.params)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, 0])
 def test_the_reward_rises(dataset, tmp_path, rank):
     """With a LoRA, and with all parameters."""
@@ -184,6 +189,7 @@ def test_the_reward_rises(dataset, tmp_path, rank):
     assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.05
 
 
+@pytest.mark.slow
 def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
     """Those of one step altogether, one of another; not a number or infinite, it is the same."""
     config = changed(epochs=1)
@@ -208,6 +214,7 @@ def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
     assert_same(states[0].params, states[2].params)
 
 
+@pytest.mark.slow
 def test_proxies_of_a_generator_are_those_that_are_rewarded_and_kept(dataset, tmp_path):
     """One step's cannot be had: its group drops out, the others are as with the dataset's own."""
     config = changed(epochs=2)
@@ -242,6 +249,7 @@ def test_an_epoch_without_any_reward_ends_the_run_with_its_state_kept(dataset, t
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_dies_ends_the_run_and_the_rest_is_as_if_it_had_not(dataset, undisturbed, tmp_path):
     def spoil(case, value):
         if len(dying.cases) > 2.5 * CONFIG.prompts_per_epoch * CONFIG.group_size:
@@ -255,6 +263,7 @@ def test_an_endpoint_that_dies_ends_the_run_and_the_rest_is_as_if_it_had_not(dat
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_drops_the_epoch_it_is_in(dataset, undisturbed, tmp_path, capfd):
     def spoil(case, value):
         if len(asking.cases) > 1.2 * CONFIG.prompts_per_epoch * CONFIG.group_size and not asking.asked:

@@ -147,6 +147,7 @@ def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp
     assert_close(config.policy_weights(task.base, lora), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     for name in ("pprl_shapes", "pprl_flux2", "pprl_sdxl"):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
@@ -183,6 +184,7 @@ def test_the_paper_s_numbers_are_the_preset_s():
     assert train.optimizer == AdamWConfig(1e-4, b1=0.9, b2=0.999, weight_decay=1e-4, clip_norm=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
 def test_the_programs_of_the_full_sizes_fit_together(preset):
     """Traced, not compiled: what the roll-out gives is what the update takes."""
@@ -224,6 +226,7 @@ def small_program(monkeypatch, planned, depth=1, steps=2):
     return recipe, dataclasses.replace(recipe.config, planned=planned, sampler=sampler, train=train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planned", ["rollout", "update"])
 def test_programs_do_not_grow_with_layers_and_steps(monkeypatch, planned):
     """Both are loops in them, so that compilers have one body to work on."""

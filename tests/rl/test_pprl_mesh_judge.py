@@ -55,6 +55,7 @@ def assert_same_run(found, expected):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_judge_spread_over_eight_devices_gives_the_marks_of_one(dataset, judge, alone, tmp_path):
     state, found = trained(dataset, judge, tmp_path, MeshConfig(fsdp=4, tensor=2))
     assert found[0]["reward_std"] > 0.05  # pictures of a group are told apart
@@ -68,6 +69,7 @@ def test_a_judge_spread_over_eight_devices_gives_the_marks_of_one(dataset, judge
     )
 
 
+@pytest.mark.slow
 def test_its_proxies_may_be_written_live(dataset, judge, tmp_path):
     """Those of the dataset, but for a step for which the generator writes nothing of use."""
     lost = make_task(dataset).steps.sample(0, changed().prompts_per_epoch, changed().seed)[0]
@@ -98,6 +100,7 @@ def test_two_processes_judge_together(dataset, judge, alone, tmp_path):
     assert_same_run(rows(tmp_path / "run"), alone[1])
 
 
+@pytest.mark.slow
 def test_a_judge_whose_answers_cannot_be_read_ends_the_run_with_its_state_kept(dataset, judge, tmp_path):
     model = MeshChatModel(Qwen3VLPipeline.from_pretrained(judge), "judge", batch=8)
     reward = MeshReward(UnifiedReward(model, max_tokens=2), UnifiedRewardEdit(model, max_tokens=2))

@@ -54,6 +54,7 @@ def make_task(dataset, pipe, train=TRAIN):
     return pprl_task("PPRL", pipe, train, SAMPLER, steps, Brightness(), save_dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_xl", [True, False])
 def test_the_policy_generates_the_images_of_the_pipeline(dataset, load, is_xl):
     """With two text encoders, pooled features, sizes and guidance away from zeros; and with one, away from ""."""
@@ -113,6 +114,7 @@ def test_what_cannot_be_trained_is_refused(dataset, load):
         pprl_task("PPRL", pipe, TRAIN, Sampler(size=36), first, Brightness())
 
 
+@pytest.mark.slow
 def test_the_programs_of_the_full_size_fit_together():
     """Traced, not compiled: what the rollout returns is what the update takes."""
     rollout = pprl_sdxl.program(pprl_sdxl.CONFIG)

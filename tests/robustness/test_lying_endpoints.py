@@ -28,6 +28,7 @@ def test_there_are_enough_kinds():
     assert len(list(kinds())) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name", "lie"), SOME)
 def test_nothing_is_lost_or_invented(kind, name, lie, tmp_path):
     server = LoopbackServer()

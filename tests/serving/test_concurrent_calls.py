@@ -35,6 +35,7 @@ def trajectories(pipeline, calls):
     return [ended[job.id][0] for job in jobs]
 
 
+@pytest.mark.slow
 def test_images_and_texts_are_those_of_single_calls(server):
     alone, together = trajectories(server.pipeline, 1), trajectories(server.pipeline, 3)
     for first, second in zip(alone, together, strict=True):

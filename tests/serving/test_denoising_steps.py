@@ -14,6 +14,7 @@ def steps_of(events, image):
     return [each["done"] for each in events if each["type"] == "denoising_step" and each["step"] == image]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "status", "outcome"), [("accept", "finished", "stopped"), ("cancel", "canceled", "canceled")]
 )

@@ -49,6 +49,7 @@ def qwen3_vl_tasks(monkeypatch):
     return [qwen3_vl.sft_task(model, config, TRAIN, batches) for model in bundles]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_tasks", [flux2_tasks, qwen3_vl_tasks])
 def test_loaded_models_and_shapes_give_one_program(monkeypatch, make_tasks):
     loaded, abstract = make_tasks(monkeypatch)
@@ -58,6 +59,7 @@ def test_loaded_models_and_shapes_give_one_program(monkeypatch, make_tasks):
     assert program(loaded) == program(abstract)
 
 
+@pytest.mark.slow
 def test_other_options_give_another_program(monkeypatch):
     """The control: the comparison sees an option that changes the program and not its shapes."""
     _, task = flux2_tasks(monkeypatch)

@@ -77,6 +77,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_a_resumed_run_is_the_uninterrupted_one(config, trained, tmp_path):
     _, out = trained
     found = losses(out)
@@ -86,6 +87,7 @@ def test_the_loss_falls_and_a_resumed_run_is_the_uninterrupted_one(config, train
     np.testing.assert_allclose(found[:6], losses(tmp_path / "alone"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORA_FILES)
 def test_each_format_returns_the_trained_model_in_ours_and_in_diffusers(config, trained, name):
     state, out = trained
@@ -110,12 +112,14 @@ def test_each_format_returns_the_trained_model_in_ours_and_in_diffusers(config, 
     assert len(adapted) >= 10
 
 
+@pytest.mark.slow
 def test_the_directory_of_a_run_is_given_to_a_pipeline(config, trained):
     _, out = trained
     pipeline = Flux2Pipeline.from_pretrained(config.model, lora=[str(out / "export")])
     assert pipeline("all red", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("references", [0, 1])
 def test_the_step_of_the_real_model_has_the_shapes_of_its_state(references):
     config = dataclasses.replace(flux2_lora.CONFIG, batch_size=2, size=128, references=references)

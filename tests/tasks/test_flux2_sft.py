@@ -67,6 +67,7 @@ def test_packing_leaves_out_the_references_that_images_share():
     assert flops > 2 * loop.flops(loop.batches(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
 def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
     config = dataclasses.replace(flux2_sft.CONFIG, preset=preset, batch_size=2, size=128, references=2)

@@ -37,6 +37,7 @@ def small(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_models_are_in_memory_together_and_the_seconds_of_all_calls_add_up(small):
     mesh = MeshConfig(fsdp=1, tensor=2, devices=2)
     report = plan(load_recipe(RECIPE), dataclasses.replace(small, mesh=mesh), "cpu:2")
@@ -67,6 +68,7 @@ def test_the_models_are_in_memory_together_and_the_seconds_of_all_calls_add_up(s
     assert step.memory.output < step.memory.arguments / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["image", "loop"])
 def test_cached_references_are_planned(small, mode):
     mesh = MeshConfig(fsdp=1, tensor=2, devices=2)
@@ -96,6 +98,7 @@ def test_cached_references_are_planned(small, mode):
     assert report.to_json()["token_passes"] == report.token_passes
 
 
+@pytest.mark.slow
 def test_some_stages_are_planned_alone_and_written_as_json(small, tmp_path, capsys):
     out = tmp_path / "plan.json"
     options = ["--stages", "decode step", "--size", "64", "--prompt-tokens", "16", "--reply-tokens", "16"]

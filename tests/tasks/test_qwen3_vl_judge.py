@@ -20,6 +20,7 @@ from tests.models.qwen3_vl.reference import SMALL, conversation
 GRIDS = ((1, 8, 8), (1, 8, 8))
 
 
+@pytest.mark.slow
 def test_it_says_what_decoding_says(monkeypatch):
     sizes = dataclasses.replace(SMALL, tie_word_embeddings=False)
     monkeypatch.setitem(PRESETS, "qwen3-vl-8b", sizes)

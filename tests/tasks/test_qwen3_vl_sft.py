@@ -81,6 +81,7 @@ def test_a_dataset_is_trained_on_and_the_result_is_transformers(tmp_path, train_
         assert isinstance(said, str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_the_loss_is_that_of_all_logits_and_a_frozen_tower_is_no_parameter(dataset, train_vision):
     """Against the model's own logits of every token."""
@@ -136,6 +137,7 @@ def test_grids_are_part_of_the_shape_of_a_batch(dataset):
     task.batches.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PARAMETERS)
 def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
     config = dataclasses.replace(qwen3_vl_sft.CONFIG, preset=preset, batch_size=2, size=128, images=3)

@@ -173,6 +173,7 @@ def test_the_vision_tower_learns_how_clear_objects_are(tmp_path, generated_image
     assert losses[-1] < 0.7 * losses[0]  # the same batch eight times
 
 
+@pytest.mark.slow
 def test_the_loss_of_clarity_is_of_present_objects_and_its_metric_of_their_border():
     wanted = jnp.asarray([[[1.0, 2.0, 0.5], [1.0, 2.0, -0.5], [0.0, 0.0, 0.0]]])
     right = jnp.asarray([[[20.0, 2.0, 0.5], [20.0, 2.0, -0.5], [-20.0, 3.0, 3.0]]])
@@ -199,6 +200,7 @@ def test_batches_that_would_teach_nothing_are_refused(trained, kinds, said):
         shapes_controller.task(config)
 
 
+@pytest.mark.slow
 def test_vision_and_language_are_two_parts_of_all_weights():
     config = dataclasses.replace(shapes_controller.CONFIG, kinds=("image",), **PARTS)
     names = {
@@ -311,6 +313,7 @@ def test_assembling_names_what_is_missing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_assembled_folder_holds_three_transformers_each_sampled_in_its_way(tmp_path):
     pipe = Flux2Pipeline.from_pretrained("shapes-tiny-base")
     ways = {"merged": (True, 4, 1.0), "base": (False, 20, 2.0), "sft": (False, 24, 3.0)}

@@ -23,6 +23,7 @@ def task():
     return shapes_sd.task(shapes_sd.CONFIG)
 
 
+@pytest.mark.slow
 def test_a_step_has_the_shapes_of_its_state(task):
     optimizer = shapes_sd.CONFIG.train.optimizer()
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.params)
@@ -49,6 +50,7 @@ def test_the_export_draws_the_same_here_and_in_diffusers(task, tmp_path):
     assert np.abs(ours(**options, latents=latents, output_type="np").images - expected).max() < 1 / 255
 
 
+@pytest.mark.slow
 def test_the_autoencoder_without_batch_norm_is_the_same_with_latents_of_unit_variance():
     flux = load_vae(shapes_sd.CONFIG.vae)
     plain = without_batch_norm(flux)

@@ -30,6 +30,7 @@ def records(file):
         at += 16 + length
 
 
+@pytest.mark.slow
 def test_metrics_are_written_twice_and_pytorch_is_not_imported(tmp_path):
     """Importing PyTorch would double the time that a run takes to start."""
     subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], check=True, timeout=100)

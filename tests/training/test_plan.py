@@ -44,6 +44,7 @@ def test_a_small_recipe_compiles_for_v6e():
     assert "all-to-all" in {one.kind for one in report.collectives}  # tokens cut, then heads
 
 
+@pytest.mark.slow
 def test_depth_changes_neither_program_nor_messages():
     """Compiled for a CPU, whose compiler is not ten times as slow as that of a TPU; the layers are one loop on both."""
     recipe = load_recipe(RECIPE)
@@ -54,6 +55,7 @@ def test_depth_changes_neither_program_nor_messages():
     assert 2 < sum(deep.sent.values()) / sum(shallow.sent.values()) <= 3
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_cpu_counts_what_the_recipe_counts():
     recipe = load_recipe(RECIPE)
     report = plan(recipe, SMALL, "cpu:8", dollars_per_chip_hour=2.0)
@@ -67,6 +69,7 @@ def test_the_plan_of_a_cpu_counts_what_the_recipe_counts():
     assert report.cost.dollars == pytest.approx(2 * report.cost.chip_hours)
 
 
+@pytest.mark.slow
 def test_search_ranks_what_fits_and_says_why_the_others_do_not():
     def task(config):
         w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 64), (config.batch_size, 64)))
@@ -130,6 +133,7 @@ def test_meshes_and_batches_that_cannot_be_are_refused():
         plan(recipe, changed(), "h100:64")
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_report(tmp_path, capsys):
     out = tmp_path / "report.json"
     assert main(["plan", RECIPE, "--topology", "cpu:8", "--out", str(out), *SMALL_OPTIONS, "--json"]) == 0

@@ -111,6 +111,7 @@ def test_a_recipe_that_exits_is_an_error(tmp_path, where):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax left
 def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path):
     state = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(3)}

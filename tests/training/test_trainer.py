@@ -76,6 +76,7 @@ def test_a_run_by_muon_resumes_as_one_by_adamw_does(tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_muon_trains_the_matrices_of_scanned_blocks_and_adamw_the_rest():
     task = make_blocks_task()
     config = TrainConfig(steps=10, learning_rate=0.3, muon_learning_rate=0.1, warmup=0, weight_decay=0.0)
@@ -160,6 +161,7 @@ def test_the_position_of_an_input_is_saved_with_the_state(tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
     def on(devices, **options):
         config = dataclasses.replace(CONFIG, mesh=MeshConfig(devices=devices))
@@ -186,6 +188,7 @@ def test_the_average_is_read_back_without_the_optimizer(tmp_path):
         restore_part(tmp_path / "nothing", "ema", wanted)
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_even_of_a_run_that_ends_in_it(tmp_path):
     # The profiler crashed a worker that had run many other tests, so it gets a process of its own.
     run = f"from tests.training.test_trainer import profile_runs; profile_runs({str(tmp_path)!r})"

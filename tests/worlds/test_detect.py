@@ -58,6 +58,7 @@ def test_clean_images_are_detected_exactly() -> None:
     assert exact_share(400, seed=0) == 1.0
 
 
+@pytest.mark.slow
 def test_a_thousand_clean_images() -> None:
     assert exact_share(1_000, seed=1) >= 0.995
 
@@ -198,6 +199,7 @@ def test_merged_objects_are_unclear_in_both_cells() -> None:
     assert reading == Reading((), ("left", "center"))
 
 
+@pytest.mark.slow
 def test_noise_blobs_are_rarely_detected_as_objects() -> None:
     rng = np.random.default_rng(11)
     accepted = 0

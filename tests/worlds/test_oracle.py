@@ -223,6 +223,7 @@ def mistaken(edit: Edit, rng: np.random.Generator) -> Edit:
     return Edit("add", cell, object=PlannedObject(*sample_pair(rng), cell))
 
 
+@pytest.mark.slow
 def test_the_loop_with_an_exact_generator_satisfies_the_evaluation_prompts() -> None:
     everything = evaluation_prompts("eval") + evaluation_prompts("complex") + evaluation_prompts("dense")[::5]
     controller = OracleController({metadata["prompt"]: metadata for metadata in everything})

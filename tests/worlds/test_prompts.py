@@ -52,6 +52,7 @@ def test_a_third_of_the_evaluation_names_held_out_pairs_in_all_phrasings() -> No
             )
 
 
+@pytest.mark.slow
 def test_evaluation_sets_are_the_same_in_another_process() -> None:
     code = (
         "import json; from clvr_jax.worlds.shapes.prompts import evaluation_prompts as e;"

@@ -103,6 +103,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_is_what_peft_merges(kind, tmp_path, name):
     config, names = CONFIGS[name](targets_of(kind))
@@ -244,6 +245,7 @@ def test_lokr_has_the_scale_of_lycoris(tmp_path, stored, alpha, scale):
     check(KINDS["flux2"], tmp_path, LINEAR, {**tensors, **more}, lambda w: w + scale * torch.kron(one, other))
 
 
+@pytest.mark.slow
 def test_convolutions_of_lycoris_have_core_tensors(tmp_path):
     kind = KINDS["sd15"]
     model, _ = kind.make_pair()

@@ -44,6 +44,7 @@ def metadata(path):
         return json.loads(file.metadata()["lora_adapter_metadata"])
 
 
+@pytest.mark.slow
 def test_a_peft_adapter_gives_the_same_output_fused_and_unfused(kind, tmp_path):
     model, reference = kind.make_pair()
     base = nnx.state(model)
@@ -68,6 +69,7 @@ def test_a_peft_adapter_gives_the_same_output_fused_and_unfused(kind, tmp_path):
     assert relative_error(outputs(kind, half), reference_outputs(kind, reference)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_way_back_gives_the_same_output_in_diffusers(kind, tmp_path):
     model, reference = kind.make_pair()
     random = np.random.default_rng(0)

@@ -176,6 +176,7 @@ def test_a_transformer_is_bit_for_bit_what_diffusers_converts(tmp_path, prefix, 
         assert np.array_equal(opened.astype(np.float32), expected[key].numpy()), key
 
 
+@pytest.mark.slow
 def test_our_transformer_computes_what_diffusers_does_with_its_own_conversion(tmp_path):
     tensors = random_tensors(transformer_shapes(SMALL))
     stored = written(tmp_path / "bfl.safetensors", tensors)
@@ -226,6 +227,7 @@ def test_an_autoencoder_is_bit_for_bit_what_diffusers_converts(tmp_path, nested)
         assert np.array_equal(part.open(), expected[key].numpy()), key
 
 
+@pytest.mark.slow
 def test_our_autoencoder_computes_what_diffusers_does_with_its_own_conversion(tmp_path):
     tensors = random_tensors(autoencoder_shapes(SMALL_AUTOENCODER))
     stored = written(tmp_path / "ae.safetensors", tensors)

@@ -137,6 +137,7 @@ def test_an_unreadable_reply_is_requested_again(made):
     assert len(replaced) >= 6  # each role had an unreadable reply
 
 
+@pytest.mark.slow
 def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endpoint, capsys):
     server.script = [answer]
     server.hold_until(50)  # no reply before fifty requests are pending

@@ -37,6 +37,7 @@ def test_evaluation_prompts_are_found_also_with_a_changed_word():
     assert changed not in strict
 
 
+@pytest.mark.slow
 def test_every_evaluation_prompt_of_the_shapes_world_finds_itself():
     texts = [metadata["prompt"] for name in ("eval", "complex") for metadata in evaluation_prompts(name)]
     known = EvaluationPrompts(texts)

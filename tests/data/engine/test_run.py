@@ -32,6 +32,7 @@ def contents(directory):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_and_repeats_nothing(tmp_path):
     out, log = tmp_path / "killed", tmp_path / "log"
     options = ["synth", RECIPE, "--seconds", "0.1", "--out", str(out)]
@@ -57,6 +58,7 @@ def test_a_killed_run_is_resumed_and_repeats_nothing(tmp_path):
     assert sorted(log.read_text().split()) == [f"p-{number:03d}" for number in range(14)]
 
 
+@pytest.mark.slow
 def test_mistakes_are_kept_and_a_dataset_without_corrections_gives_a_warning(tmp_path, capsys):
     out, options = tmp_path / "run", ["synth", RECIPE, "--out", str(tmp_path / "run")]
     assert cli.main(options) == 0

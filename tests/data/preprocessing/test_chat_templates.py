@@ -76,6 +76,7 @@ def test_texts_are_those_of_transformers(tokenizer, process, monkeypatch):
     assert render_chats(tokenizer, CHATS) == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_no_template_holds_a_run_or_fills_the_memory(tokenizer, process, monkeypatch):
     for name, (template, message) in HOSTILE.items():
         monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -100,6 +101,7 @@ def test_what_is_no_template_is_named(tokenizer, template, monkeypatch):
         render_chats(tokenizer, CHATS)
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_a_reply_is_not_taken_for_that_of_the_next_request(process):
     assert process.render("1", CHATS[:1], {}) == ["1"]
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()

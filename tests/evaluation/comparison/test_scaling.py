@@ -94,6 +94,7 @@ def finished(out, mode, **limits):
     return RunDirectory(out)
 
 
+@pytest.mark.slow
 def test_finished_runs_become_a_report(tmp_path):
     folders = {
         "loop": finished(tmp_path / "loop", "closed-loop", max_steps=10),

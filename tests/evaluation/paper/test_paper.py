@@ -65,6 +65,7 @@ def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(models, tmp_
     assert {path: path.stat().st_mtime_ns for path in options["out"].rglob("*.png")} == drawn
 
 
+@pytest.mark.slow
 def test_the_recovered_distilled_model_merges_into_the_shipped_one(tmp_path):
     recovered = stored_tensors(recover_distilled(Stages(tmp_path)) / "transformer")
     shipped = resolve("shapes-tiny")[0]

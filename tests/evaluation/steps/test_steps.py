@@ -51,6 +51,7 @@ def rate(found, group, score):
     return found["summary"][group][score]["rate"]
 
 
+@pytest.mark.slow
 def test_states_are_balanced_and_the_same_for_a_seed():
     counts = {kind: sum(state.kind == kind for state in STATES) for kind in KINDS}
     assert sum(counts.values()) == 40
@@ -154,6 +155,7 @@ def test_two_runs_are_compared_state_by_state(tmp_path):
     assert f"{several} better, 0 worse" in steps.markdown(found)
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_paired_are_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results(Renderer())))
     with pytest.raises(ClvrError, match="was measured on other states"):

@@ -75,6 +75,7 @@ def test_labels_of_images_made_by_hand(objects, smudges, label):
     assert (case.tier, case.has_held_out, case.prompt) == (3, False, METADATA["prompt"])
 
 
+@pytest.mark.slow
 def test_prompts_are_not_evaluation_prompts_and_a_third_is_held_out():
     prompts = sample(24)
     assert Counter(each.metadata["tier"] for each in prompts) == {3: 6, 4: 6, 5: 6, 6: 6}

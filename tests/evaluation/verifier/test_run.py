@@ -29,6 +29,7 @@ def shown(results):
     return console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_an_exact_verifier_makes_no_error(tmp_path):
     verifier = ExactVerifier(sample_prompts(12, seed=5))
     results = evaluate(verifier, tmp_path, count=12, seed=5, generators={"forgetful": Forgetful}, batch_size=10)

@@ -53,6 +53,7 @@ def test_causal_queries_are_those_of_the_last_keys():
         attention(query[:, 7:], key, value, is_causal=True, implementation="cudnn")
 
 
+@pytest.mark.slow
 def test_the_kernel_of_the_tpu_has_earlier_keys():
     """Interpreted; the numbers of queries and keys are no multiples of its blocks."""
     query, key, value = make(batch=1, queries=40, keys=600, heads=2, kv_heads=2)

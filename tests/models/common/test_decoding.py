@@ -45,6 +45,7 @@ def reference_tokens(reference, conversations, new=NEW, **options):
     return tokens[:, ids_bt.shape[1] :].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grids", "texts"),
     [
@@ -65,6 +66,7 @@ def test_greedy_tokens_equal_transformers(pair, grids, texts):
     assert len(set(np.asarray(ours.tokens_bn[0]).tolist())) > 5
 
 
+@pytest.mark.slow
 def test_left_padding_and_no_mask_give_the_same_tokens(pair):
     model, _ = pair
     conversations = make_conversations([SQUARE, SQUARE * 2], [9, 4])
@@ -86,6 +88,7 @@ def test_left_padding_and_no_mask_give_the_same_tokens(pair):
     np.testing.assert_array_equal(generate(model, alone, max_new_tokens=NEW).tokens_bn[0], expected[1])
 
 
+@pytest.mark.slow
 def test_steps_with_a_cache_equal_the_whole_sequence(pair):
     model, _ = pair
     (whole,) = make_conversations([ODD], [20])
@@ -102,6 +105,7 @@ def test_steps_with_a_cache_equal_the_whole_sequence(pair):
     assert relative_error(step, logits[:, -1]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_rows_stop_at_their_own_stop_tokens(pair):
     model, reference = pair
     conversations = make_conversations([SQUARE, SQUARE * 2, SQUARE], [12, 5, 31])
@@ -207,6 +211,7 @@ def test_requests_that_make_no_sense_are_refused():
             generate(Coin(np.zeros(3)), prompts, **options)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_decodes(pair):
     trained, _ = pair
     model = abstract_module(lambda rngs: Qwen3VL(trained.config, rngs=rngs, dtype=jnp.bfloat16))

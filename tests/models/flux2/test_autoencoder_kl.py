@@ -24,6 +24,7 @@ def make_pair(config):
     return model, reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (36, 68)])
 @pytest.mark.parametrize("options", [{}, {"decoder_block_out_channels": (8, 24, 64), "mid_block_add_attention": False}])
 def test_encode_and_decode_match_diffusers(size, options):
@@ -40,6 +41,7 @@ def test_encode_and_decode_match_diffusers(size, options):
     assert relative_error(ours, decoded) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_tokens_are_what_the_klein_pipeline_makes():
     model, reference = make_pair(SMALL)
     images = np.random.default_rng(1).uniform(-1, 1, (1, 24, 40, 3)).astype(np.float32)
@@ -73,6 +75,7 @@ def test_weights_return_bit_for_bit():
         assert np.array_equal(back[key], tensor.numpy()), key
 
 
+@pytest.mark.slow
 def test_full_size_keys_and_shapes_are_those_of_diffusers():
     with torch.device("meta"):
         reference = diffusers.AutoencoderKLFlux2()

@@ -81,6 +81,7 @@ def run_theirs(reference, inputs, timestep, sizes, **mode):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize("sizes", [SIZES[:1], SIZES[:2]])
 def test_cache_and_outputs_match_the_kv_mode_of_diffusers(sizes, guidance):
@@ -99,6 +100,7 @@ def test_cache_and_outputs_match_the_kv_mode_of_diffusers(sizes, guidance):
     assert relative_error(run(model, inputs, second, (cache,)), later) < CLOSE
 
 
+@pytest.mark.slow
 def test_cached_references_are_another_model_than_reference_tokens():
     """The control: a cache is not what a model that was trained without it computes."""
     model, _ = make_pair(SMALL)
@@ -114,6 +116,7 @@ def test_cached_references_are_another_model_than_reference_tokens():
     assert relative_error(cached, without) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_mask_of_text_and_image_leaves_the_references_visible():
     model, _ = make_pair(SMALL)
     inputs = make_inputs(SMALL, SIZES[:1])
@@ -126,6 +129,7 @@ def test_a_mask_of_text_and_image_leaves_the_references_visible():
     assert relative_error(partial, expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_mesh_computes_the_same_and_shards_the_cache_by_heads():
     config = change(SMALL, num_attention_heads=4)
     model, _ = make_pair(config)
@@ -143,6 +147,7 @@ def test_a_mesh_computes_the_same_and_shards_the_cache_by_heads():
     assert relative_error(out, expected) < CLOSE
 
 
+@pytest.mark.slow
 def test_bfloat16_matches_diffusers_in_bfloat16():
     model, reference = make_pair(SMALL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), nnx.state(model)))
@@ -156,6 +161,7 @@ def test_bfloat16_matches_diffusers_in_bfloat16():
     assert relative_error(out.astype(jnp.float32), expected) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_model_dtype_or_batch_is_refused():
     model, _ = make_pair(SMALL)
     inputs = make_inputs(SMALL, SIZES[:1])

@@ -103,6 +103,7 @@ def test_output_and_every_block_match_diffusers(size, references, text, guidance
         assert relative_error(states.joint_lbtd[layer], joint_state) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_long_text_and_many_large_references_match_diffusers():
     config = change(SMALL, attention_head_dim=32, axes_dims_rope=(8, 8, 8, 8), num_attention_heads=2)
     model, reference = make_pair(config)
@@ -148,6 +149,7 @@ def test_masked_tokens_are_attended_to_by_nobody():
     assert relative_error(run(model, inputs, mask_bt=jnp.asarray(mask)), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_the_same_with_remat():
     inputs = make_inputs(SMALL, references=((2, 3),))
 

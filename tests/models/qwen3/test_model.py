@@ -150,6 +150,7 @@ def test_rotary_steps_are_those_of_transformers(theta):
     assert np.mean(np.abs(ours - theirs) > 1e-6) < 0.02
 
 
+@pytest.mark.slow
 def test_bfloat16_matches_transformers_in_bfloat16():
     config = change(SMALL, num_hidden_layers=2)
     exact = randomize(make_reference(config))
@@ -170,6 +171,7 @@ def test_bfloat16_matches_transformers_in_bfloat16():
         assert relative_error(ours.astype(jnp.float32), true) < 1.3 * relative_error(theirs.float(), true)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_row", [False, True])
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(per_row):
     model, reference = make_pair(SMALL)
@@ -192,6 +194,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(per_row):
             assert relative_error(out[row, 0], expected[row][lengths[row] + i]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_gradients_match_pytorch_and_are_the_same_with_remat():
     ids, mask = make_prompts((4, 9), 9)
     _, reference = make_pair(SMALL)
@@ -224,6 +227,7 @@ def test_parameter_counts_are_those_of_the_published_models(preset, billions):
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_way_back_to_pytorch_gives_the_same_output(tied):
     config = change(SMALL, tie_word_embeddings=tied)

@@ -29,6 +29,7 @@ def conversations_of(grids, seed=7, text=9):
     return [Conversation(*conversation(rng, own, text), own) for own in grids]
 
 
+@pytest.mark.slow
 def test_conversations_with_images_of_any_size_equal_the_reference(pair):
     model, reference = pair
     conversations = conversations_of(MIXED)
@@ -61,6 +62,7 @@ def test_features_are_those_of_static_grids(pair):
         assert relative_error(ours[..., :31, :], expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_new_image_size_compiles_nothing(pair):
     model, _ = pair
 

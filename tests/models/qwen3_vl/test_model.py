@@ -95,6 +95,7 @@ def test_deepstack_features_of_blocks_that_are_not_the_first():
     assert relative_error(features.tokens_bnd[0], expected.pooler_output) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grids", "text"), [(((1, 8, 8),), 5), (ODD, 11), (ODD, 140)], ids=["one", "odd", "long"])
 def test_every_layer_and_the_logits(pair, grids, text):
     model, reference = pair
@@ -157,6 +158,7 @@ def test_frequencies_of_the_released_models_differ_by_roundings_only(head_dim, t
     np.testing.assert_allclose(inverse_frequencies(head_dim, theta), 1.0 / (theta**exponents), rtol=5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "grids"), [("right", [ODD[:1], ODD[:1] * 2, ()]), ("left", [ODD, ODD[1:3], ODD[:1]])])
 def test_a_padded_batch_equals_its_rows(pair, side, grids):
     model, _ = pair
@@ -174,6 +176,7 @@ def test_a_padded_batch_equals_its_rows(pair, side, grids):
         assert relative_error(together[row][mask_bt[row] == 1], alone[0]) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grids", [[ODD[:1], ODD[:1] * 3, ()], [ODD, ODD[1:3], ODD[:1]]], ids=["alike", "mixed"])
 def test_batched_conversations_equal_the_reference(pair, grids):
     model, reference = pair
@@ -193,6 +196,7 @@ def test_batched_conversations_equal_the_reference(pair, grids):
     assert relative_error(logits[real], expected[torch.tensor(real)]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_logits_at_chosen_positions(pair):
     model, _ = pair
     ids, patches = conversation(np.random.default_rng(8), ODD[:2], 6)
@@ -202,6 +206,7 @@ def test_logits_at_chosen_positions(pair):
     assert relative_error(chosen, compiled(model, **batch)[:, at[0]]) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_gradients_reach_every_parameter_as_in_the_reference(pair, remat):
     trained, reference = pair

@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_prompt_after_a_prefix_equals_the_whole_prompt(model, name):
     rows, starts = CASES[name]
@@ -88,6 +89,7 @@ def test_a_prompt_after_a_prefix_equals_the_whole_prompt(model, name):
         assert relative_error(tokens_of(own, row, tokens), tokens_of(cache, row, tokens)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_positions_or_images_of_another_prefix_change_the_logits(model):
     """The comparison above could fail: the prefix and the positions do matter."""
     whole, other = make(TWO, 9), make(TWO, 9, seed=1)
@@ -103,6 +105,7 @@ def test_positions_or_images_of_another_prefix_change_the_logits(model):
         assert relative_error(found, expected) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_replies_after_a_prefix_are_equal_and_end_in_the_cache(model, penalty):
     """The repetition penalty counts the tokens of the prefix as well."""

@@ -28,6 +28,7 @@ def make_pair(config):
     return model, reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(40, 24), (36, 68)])
 @pytest.mark.parametrize(
     "options", [{}, {"mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False}]
@@ -45,6 +46,7 @@ def test_encode_and_decode_match_diffusers(size, options):
     assert relative_error(ours, decoded) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_scaled_latents_are_what_the_pipelines_make():
     model, _ = make_pair(dataclasses.replace(SMALL, scaling_factor=0.3, shift_factor=0.1))
     images = np.random.default_rng(1).uniform(-1, 1, (1, 8, 12, 3)).astype(np.float32)

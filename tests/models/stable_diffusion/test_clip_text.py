@@ -62,6 +62,7 @@ def run_reference(reference, ids):
         return reference(torch.tensor(ids), output_hidden_states=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize(("eos", "padding"), [(EOS, EOS), (EOS, 0), (EOS, 96), (2, EOS), (2, 0)])
 def test_every_output_with_projection_matches_transformers(hidden_act, eos, padding):

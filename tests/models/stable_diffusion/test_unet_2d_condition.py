@@ -93,6 +93,7 @@ def run_reference(reference, inputs, dtype=torch.float32):
     return out.sample.permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "size", "text"),
     [
@@ -110,6 +111,7 @@ def test_output_matches_diffusers(config, size, text):
     assert relative_error(run(model, inputs), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_timesteps_match_diffusers_at_the_published_width():
     config = dataclasses.replace(
         SD15,
@@ -127,6 +129,7 @@ def test_timesteps_match_diffusers_at_the_published_width():
     assert max(relative_error(a, b) for a, b in zip(ours, expected, strict=True)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TWO_LEVEL_SDXL, SD15])
 def test_bfloat16_matches_diffusers_in_bfloat16(config):
     _, reference = make_pair(config)
@@ -162,6 +165,7 @@ def test_gradients_match_pytorch_with_and_without_remat():
         assert relative_error(plain[name], parameter.grad) < TOLERANCE, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SDXL, SD15])
 def test_weights_return_bit_for_bit(config):
     model, reference = make_pair(config)
@@ -171,6 +175,7 @@ def test_weights_return_bit_for_bit(config):
         assert np.array_equal(back[key], tensor.numpy()), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "billions"), [(UNet2DConditionConfig.sdxl(), 2.567), (UNet2DConditionConfig.sd15(), 0.860)]
 )
@@ -217,6 +222,7 @@ def test_what_is_not_supported_is_refused(fields):
         config_from_dict({**config_to_dict(SDXL), **fields})
 
 
+@pytest.mark.slow
 def test_wrong_calls_are_refused_in_one_line():
     inputs = make_inputs(SDXL)
     model = abstract_module(lambda rngs: UNet2DCondition(SDXL, rngs=rngs))
@@ -233,6 +239,7 @@ def test_wrong_calls_are_refused_in_one_line():
             model(**{**inputs, **change})
 
 
+@pytest.mark.slow
 def test_a_sequence_axis_shards_the_tokens_of_transformers():
     """Each of four devices computes a quarter, although 2 heads are too few for them."""
     options = {"groups": 4, "heads": 2, "depth": 2, "linear": True, "remat": "dots"}

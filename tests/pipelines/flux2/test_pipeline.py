@@ -43,6 +43,7 @@ def picture(seed, width, height):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("references", [(), ((64, 64),), ((72, 80), (101, 67))])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_pixels_are_those_of_diffusers(shared, theirs, references, guidance):
@@ -62,6 +63,7 @@ def test_pixels_are_those_of_diffusers(shared, theirs, references, guidance):
     assert made.nfe == (8 if guidance == 1.0 else 16)
 
 
+@pytest.mark.slow
 def test_a_static_shift_in_the_scheduler_is_obeyed_as_in_diffusers(folder, shared, tmp_path):
     path = tmp_path / "model"
     shutil.copytree(folder, path)
@@ -101,6 +103,7 @@ def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch(shared):
     prompts = ["a red circle", "a blue star", "a green cross above it"]
     together = shared.generate_each(prompts, [[], [picture(0, 64, 64)], []], [4, 5, 6], num_inference_steps=2)
@@ -115,6 +118,7 @@ LATENTS = np.random.default_rng(5).normal(size=(2, 16, 4, 4)).astype(np.float32)
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
 
 
+@pytest.mark.slow
 def test_a_long_history_is_read_as_diffusers_reads_it_at_its_bucket(shared, theirs):
     made = shared(LONG, latents=LATENTS[:1], **SMALL).images
     expected, cut = (
@@ -189,6 +193,7 @@ def test_a_second_call_of_the_same_shape_compiles_nothing(folder):
     assert pipeline._denoise._cache_size() == compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_steps_one_by_one_give_the_same_image(shared, guidance):
     """The caller looks between two steps; the image has the same bytes as that of a single call."""
@@ -205,6 +210,7 @@ def test_steps_one_by_one_give_the_same_image(shared, guidance):
     assert stepwise.nfe == whole.nfe
 
 
+@pytest.mark.slow
 def test_a_generation_is_abandoned_between_steps(shared):
     told = []
 

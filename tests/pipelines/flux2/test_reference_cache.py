@@ -61,6 +61,7 @@ def final_latents(pipeline, monkeypatch, *arguments, **options):
     return np.asarray(tokens), output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_latents_and_pixels_are_those_of_the_kv_pipeline(kv_folder, ours, monkeypatch, count):
     theirs = diffusers.Flux2KleinKVPipeline.from_pretrained(str(kv_folder))
@@ -86,6 +87,7 @@ def test_the_class_says_how_the_model_samples(ours):
     assert found.text_buckets == SETTINGS.text_buckets
 
 
+@pytest.mark.slow
 def test_a_model_without_the_class_attends_to_reference_tokens(folder, ours):
     plain = Flux2Pipeline.from_pretrained(str(folder))
     assert plain.settings.reference_cache == "none"
@@ -96,6 +98,7 @@ def test_a_model_without_the_class_attends_to_reference_tokens(folder, ours):
     np.testing.assert_array_equal(plain(PROMPT, **arguments).images, ours(PROMPT, **arguments).images)
 
 
+@pytest.mark.slow
 def test_guidance_sees_the_references_on_both_sides(folder, tmp_path):
     """With the same text on both sides, guidance changes nothing, if both sides see the references of their row."""
     path = tmp_path / "guided"
@@ -113,6 +116,7 @@ def test_guidance_sees_the_references_on_both_sides(folder, tmp_path):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch(ours):
     prompts, references = [PROMPT, "a blue star", PROMPT], [[photo(0, 64, 64)], [photo(1, 64, 64)], []]
     together = ours.generate_each(prompts, references, [4, 5, 6], num_inference_steps=2)
@@ -139,6 +143,7 @@ def test_conversion_keeps_the_class_both_ways(kv_folder, ours, tmp_path):
     assert (tmp_path / "torch" / weights).read_bytes() == (kv_folder / weights).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_directories")
 def test_the_commands_take_its_directories(kv_folder, ours, tmp_path):
     photo(0, 64, 64).save("photo.png")

@@ -107,6 +107,7 @@ def block_causal(folder, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_loop_with_roll_back_and_candidates_equals_one_that_computes_all_again(pipe, block_causal, computed):
     """In PyTorch, from scratch for each generation, by full attention with a mask."""
 
@@ -133,6 +134,7 @@ def test_a_loop_with_roll_back_and_candidates_equals_one_that_computes_all_again
     assert computed.count == 4 + 3 + 2
 
 
+@pytest.mark.slow
 def test_loops_that_roll_back_have_the_images_of_uncached_ones(pipe, monkeypatch):
     """Three loops together, of two candidates a step, with replies and verdicts at random."""
     budget = Budget(max_steps=6, candidates=2)
@@ -152,6 +154,7 @@ def test_loops_that_roll_back_have_the_images_of_uncached_ones(pipe, monkeypatch
             np.testing.assert_array_equal(np.asarray(one.image), np.asarray(other.image))
 
 
+@pytest.mark.slow
 def test_rows_of_several_histories_share_calls(pipe, computed):
     """One row has its first reference already; the images are those of single calls."""
     histories = [[photo(0), photo(1)], [photo(2), photo(3)], [photo(0), photo(4)]]
@@ -177,6 +180,7 @@ def test_with_rows_per_call_an_image_has_the_same_bytes_with_kept_references(pip
         np.testing.assert_array_equal(image, expected[row])
 
 
+@pytest.mark.slow
 def test_other_weights_or_another_mesh_drop_what_is_kept(folder, computed, pipe):
     arguments = {"images": [photo(0)], "guidance_scale": 1.0, "output_type": "np", **OPTIONS}
     first = pipe(PROMPT, **arguments).images
@@ -239,6 +243,7 @@ def test_the_least_recently_used_caches_are_dropped(pipe):
         pipe.kept_references.max_bytes = before
 
 
+@pytest.mark.slow
 def test_bfloat16_loops_are_near_float32(folder, pipe):
     half = Flux2Pipeline.from_pretrained(str(folder), "bfloat16", reference_cache="loop")
     history = [photo(0), photo(1)]
@@ -247,6 +252,7 @@ def test_bfloat16_loops_are_near_float32(folder, pipe):
     assert 2 * half.kept_references.nbytes == pipe.kept_references.nbytes
 
 
+@pytest.mark.slow
 def test_another_setting_than_the_models_own_is_said_once(folder, capsys):
     Flux2Pipeline.from_pretrained(str(folder), reference_cache="none")
     assert capsys.readouterr().err == ""
@@ -261,6 +267,7 @@ def test_another_setting_than_the_models_own_is_said_once(folder, capsys):
         Flux2Pipeline.from_pretrained(str(folder), reference_cache="images")
 
 
+@pytest.mark.slow
 def test_the_setting_of_a_model_is_used_and_saved(pipe, folder, tmp_path, capsys):
     trained = Flux2Pipeline.from_pretrained(str(folder))
     trained.settings = dataclasses.replace(trained.settings, reference_cache="loop")
@@ -273,6 +280,7 @@ def test_the_setting_of_a_model_is_used_and_saved(pipe, folder, tmp_path, capsys
     np.testing.assert_array_equal(again(PROMPT, **arguments).images, pipe(PROMPT, **arguments).images)
 
 
+@pytest.mark.slow
 def test_offloaded_weights_are_the_same_weights_in_the_next_call(folder, pipe, monkeypatch):
     arguments = {"images": [photo(0), photo(1)], "guidance_scale": 1.0, "output_type": "np", **OPTIONS}
     offloaded = Flux2Pipeline.from_pretrained(str(folder), offload="components", reference_cache="loop")

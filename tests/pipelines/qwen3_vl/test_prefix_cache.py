@@ -79,6 +79,7 @@ def tokens(pipeline, messages, images):
     return len(pipeline.prepare(messages, images).input_ids)
 
 
+@pytest.mark.slow
 def test_a_growing_conversation_and_all_kinds_of_roll_back(cached, plain):
     assert check(cached, plain, rounds(1)) == 0
     shared = tokens(plain, *rounds(1))
@@ -118,12 +119,14 @@ def test_the_shipped_controller_replies_the_same_in_five_rounds():
     assert reused(cached) > 0.4 * cached._prefixes.prompt_tokens
 
 
+@pytest.mark.slow
 def test_conversations_of_different_lengths_and_without_a_prefix_share_a_call(cached, plain):
     check(cached, plain, rounds(1), ([said(TEXT * 2)], []))
     longer = [said(TEXT * 2), said("hm", by="assistant"), said(TEXT)]
     assert check(cached, plain, rounds(2), (longer, []), rounds(0)) > tokens(plain, *rounds(1)) - 10
 
 
+@pytest.mark.slow
 def test_questions_about_one_image_share_the_image_in_their_first_call(plain):
     processor = dataclasses.replace(plain.image_processor, max_pixels=192**2)
     plain = Qwen3VLPipeline(plain.model, plain.tokenizer, processor)
@@ -136,6 +139,7 @@ def test_questions_about_one_image_share_the_image_in_their_first_call(plain):
     assert check(cached, plain, other) == 0
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_what_was_replaced_is_computed_again(plain):
     text = plain.model.config.text
     page_gib = 8 * PAGE_TOKENS * text.num_hidden_layers * text.num_key_value_heads * text.head_dim / 2**30
@@ -152,6 +156,7 @@ def test_memory_is_bounded_and_what_was_replaced_is_computed_again(plain):
             Qwen3VLPipeline(plain.model, plain.tokenizer, plain.image_processor, prefix_cache_gib=size)
 
 
+@pytest.mark.slow
 def test_other_weights_have_no_prefixes(cached, plain):
     check(cached, plain, rounds(2))
     other = random_module(lambda rngs: Qwen3VL(plain.model.config, rngs=rngs), seed=1)
@@ -161,6 +166,7 @@ def test_other_weights_have_no_prefixes(cached, plain):
     assert check(cached, reference, rounds(2)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"mesh": MeshConfig(tensor=2, fsdp=2, devices=4)}, {"quantize": "int8", "offload": "components"}],

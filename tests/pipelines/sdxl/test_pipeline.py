@@ -65,6 +65,7 @@ def check(folder, scheduler=None, changes=None, **options):
     return latents.nfe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guidance", "negative"), [(1.0, None), (4.0, None), (4.0, ["a blue star", "", "red, red, red"])]
 )
@@ -76,11 +77,13 @@ def test_sdxl_is_that_of_diffusers(folders, guidance, negative):
     assert nfe == (6 if guidance == 1 else 12)
 
 
+@pytest.mark.slow
 def test_an_empty_negative_prompt_is_not_none(folders):
     check(folders(True, "euler"), prompt=["a star"], negative_prompt=[""], guidance_scale=3.0, height=40, width=56,
           num_inference_steps=2, latents=noise(1))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guidance", "negative"), [(0.0, None), (4.0, None), (4.0, "a blue star")])
 def test_stable_diffusion_1_is_that_of_diffusers_with_ddim(folders, guidance, negative):
     check(
@@ -90,6 +93,7 @@ def test_stable_diffusion_1_is_that_of_diffusers_with_ddim(folders, guidance, ne
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_solver_is_that_scheduler_on_the_same_noise_levels(folders):
     check(
         folders(False, "pndm"), diffusers.EulerDiscreteScheduler, solver="euler", prompt=PROMPTS[:2], height=40,
@@ -97,6 +101,7 @@ def test_another_solver_is_that_scheduler_on_the_same_noise_levels(folders):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xl", [False, True])
 def test_latent_consistency_is_that_of_diffusers(folders, monkeypatch, xl):
     fresh = []
@@ -152,6 +157,7 @@ def test_a_row_does_not_depend_on_its_batch(folders):
     assert relative_error(pipeline("a star", seed=5, output_type="latent").images, together[:1]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_second_call_of_the_same_shape_compiles_nothing(folders):
     pipeline = SDXLPipeline.from_pretrained(str(folders(True, "euler")))
     programs = (pipeline._encode_text, pipeline._denoise, pipeline._decode)
@@ -174,6 +180,7 @@ def test_half_precision_draws_about_the_same_picture(folders):
     assert np.abs(eighth - exact).mean() < 0.05
 
 
+@pytest.mark.slow
 def test_the_command_line_draws_with_either_kind_of_folder(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "star.png"

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 from clvr_jax.reasoning import Trajectory
 from tests.serving.api.test_loops import BODY, events_of
@@ -24,6 +25,7 @@ def image_of(http, image_id):
     return http.get(f"/v1/images/{image_id}/content").content
 
 
+@pytest.mark.slow
 def test_a_loop_is_edited_rolled_back_and_branched(http, gate, server):
     loop_id = http.post("/v1/loops", json=BODY).json()["id"]
     path = f"/v1/loops/{loop_id}"
@@ -80,6 +82,7 @@ def test_a_loop_is_edited_rolled_back_and_branched(http, gate, server):
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_running")
 
 
+@pytest.mark.slow
 def test_a_branch_may_have_another_prompt(http, server):
     loop_id = http.post("/v1/loops", json={**BODY, "max_steps": 1}).json()["id"]
     wait_until(lambda: not server.service.jobs)

@@ -65,6 +65,7 @@ def test_every_endpoint_is_fuzzed(schema):
     assert set(ENDPOINTS) <= described
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_no_request_is_answered_with_a_500(endpoint, schema, finished, http, gate, server):
     while http.post("/v1/loops", json={"prompt": PROMPT}).status_code == 202:

@@ -104,6 +104,7 @@ def test_accept_takes_the_best_image_so_far(http, gate, server):
     assert events[-1]["best"] == 0
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_their_batch(http, server):
     """Requests of several kinds, alone and then all at once: the same bytes."""
     generator = random.Random(0)

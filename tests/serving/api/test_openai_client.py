@@ -28,6 +28,7 @@ def test_models_are_listed(client):
     assert client.models.retrieve("shapes-tiny").owned_by == "clvr"
 
 
+@pytest.mark.slow
 def test_one_shot_images_are_those_of_the_pipeline(client, server):
     made = client.images.generate(model="shapes-tiny", prompt=PROMPT, n=2, extra_body=ONE_SHOT)
     assert [entry.seed for entry in made.data] == [5, 6]
@@ -87,6 +88,7 @@ def test_a_url_leads_to_the_image(client):
     assert httpx2.get(entry.url).status_code == 401
 
 
+@pytest.mark.slow
 def test_chat_is_the_controllers_reply(client, server):
     messages = [{"role": "user", "content": f"Required of: {PROMPT}"}]
     expected = server.service.models.vlm.answer_all([messages], [[]], 32, top_logprobs=2)[0]

@@ -107,6 +107,7 @@ def test_a_previous_response_is_edited(client, server, response):
     )
 
 
+@pytest.mark.slow
 def test_a_canceled_loop_is_an_incomplete_response(client, gate, server):
     with client.responses.create(input=PROMPT, tools=[TOOL], stream=True, extra_body=LOOP) as stream:
         events = iter(stream)

@@ -9,6 +9,7 @@ from tests.serving.page.browser import violations
 from tests.serving.page.helpers import SIZES, TREE, UNMET, ended, until
 
 
+@pytest.mark.slow
 def test_the_saved_page_shows_a_verification_in_the_same_form(open_page, server, loop_id):
     page = ended(open_page(f"/#{loop_id}"))
     checks = page.locator("#steps .checks").evaluate_all(f"(all) => all.map({TREE})")
@@ -27,6 +28,7 @@ def test_the_saved_page_shows_a_verification_in_the_same_form(open_page, server,
     assert len(set(colors)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "color_scheme"), [("wide", "light"), ("wide", "dark"), ("narrow", "light"), ("narrow", "dark")]
 )
@@ -60,6 +62,7 @@ def test_the_dialog_for_the_key_is_accessible_and_a_wrong_key_is_refused(browser
     context.close()
 
 
+@pytest.mark.slow
 def test_keys_alone_start_a_loop_and_move_the_border(open_page, loop_id):
     page = open_page()
     page.keyboard.press("Tab")

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clvr_jax.files.image_io import encode_png
@@ -16,6 +17,7 @@ from tests.serving.conftest import LIMITS, PROMPT
 from tests.serving.page.helpers import UNMET, ended, until
 
 
+@pytest.mark.slow
 def test_one_shot_beside_the_loop_at_equal_nfe(open_page, http, loop_id):
     page = ended(open_page(f"/#{loop_id}"))
     page.click("text=One shot at 8 NFE")
@@ -31,6 +33,7 @@ def test_one_shot_beside_the_loop_at_equal_nfe(open_page, http, loop_id):
     page.wait_for_selector("#compare option:has-text('One shot, 8 NFE')", state="attached")
 
 
+@pytest.mark.slow
 def test_the_png_holds_its_parameters_and_the_archive_the_trajectory(open_page, server, loop_id, tmp_path):
     page = ended(open_page(f"/#{loop_id}"))
     with page.expect_download() as download:
@@ -70,6 +73,7 @@ def _drop(page, selector, files):
     )
 
 
+@pytest.mark.slow
 def test_own_images_are_dropped_removed_and_sent(open_page, http, tmp_path):
     images = [encode_png(Image.fromarray(np.full((64, 64, 3), value, np.uint8))) for value in (40, 200)]
     encoded = [base64.b64encode(each).decode() for each in images]

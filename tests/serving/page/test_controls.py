@@ -34,6 +34,7 @@ def edits_of(page):
     return page.locator(".steps > .edit").evaluate_all(f"(all) => all.map({TREE})")
 
 
+@pytest.mark.slow
 def test_plan_rollback_and_branch_while_the_loop_runs(open_page, gate, http, server):
     page = open_page()
     open_page.expected.append(REFUSED)
@@ -130,6 +131,7 @@ def test_plan_rollback_and_branch_while_the_loop_runs(open_page, gate, http, ser
     assert page.inner_text(".parent") == f"Branch of {loop_id} from image 1"
 
 
+@pytest.mark.slow
 def test_keys_alone_branch_off_from_a_loop_that_has_ended(open_page, http, loop_id):
     page = ended(open_page(f"/#{loop_id}", size="narrow"))
     assert page.locator("text=Roll back to image").count() == 0
@@ -154,6 +156,7 @@ def test_keys_alone_branch_off_from_a_loop_that_has_ended(open_page, http, loop_
     assert (item["prompt"], item["parent"]) == ("a green square", {"id": loop_id, "step": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "outcome"), [("Accept now", "stopped"), ("Cancel", "canceled")])
 def test_the_denoising_bar_moves_and_the_loop_ends_in_the_middle(open_page, http, held_step, action, outcome):
     page = open_page()

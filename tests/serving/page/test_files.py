@@ -95,6 +95,7 @@ def test_the_server_describes_itself(http, server):
         assert answer.json()["error"]["param"] == name
 
 
+@pytest.mark.slow
 def test_the_archive_is_the_saved_trajectory(http, server, loop_id):
     answer = http.get(f"/v1/loops/{loop_id}/archive")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/zip")
@@ -112,6 +113,7 @@ def test_files_of_an_unknown_loop(http, name, unknown):
     assert http.get(f"/v1/loops/{unknown}/{name}").status_code == 404
 
 
+@pytest.mark.slow
 def test_input_images_are_those_of_the_request(http, server):
     image = encode_png(Image.fromarray(np.full((32, 48, 3), 90, np.uint8)))
     encoded = base64.b64encode(image).decode()
@@ -123,6 +125,7 @@ def test_input_images_are_those_of_the_request(http, server):
     assert running == stored == [{"b64_json": encoded}]
 
 
+@pytest.mark.slow
 def test_history_is_searched_by_all_words_in_any_case(http, loop_id):
     def found(query):
         answer = http.get("/v1/loops", params={"query": query, "limit": 100})
@@ -136,6 +139,7 @@ def test_history_is_searched_by_all_words_in_any_case(http, loop_id):
     assert http.get("/v1/loops", params={"query": "x" * 201}).status_code == 422
 
 
+@pytest.mark.slow
 def test_history_pages_keep_to_the_search(http, loop_id):
     ids, before = [], None
     while True:

@@ -1,10 +1,13 @@
 """Texts of users and models stay texts."""
 
+import pytest
+
 from tests.serving.page.helpers import ended
 
 _MARKUP = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script> a red circle"
 
 
+@pytest.mark.slow
 def test_markup_in_a_prompt_stays_text(open_page, http):
     page = open_page()
     page.fill("#prompt", _MARKUP)

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from tests.serving.api.test_loops import BODY, events_of
 from tests.serving.conftest import KEY, PROMPT, wait_until
 from tests.serving.page.helpers import UNMET, advance, ended, until
@@ -42,6 +44,7 @@ def test_a_prompt_becomes_a_finished_loop(open_page, http, server):
     assert sum(step["nfe"] for step in steps) == int(page.inner_text("#facts div:nth-child(3) dd"))
 
 
+@pytest.mark.slow
 def test_what_happens_is_shown_while_it_happens(open_page, gate, server):
     page = open_page()
     page.fill("#prompt", UNMET)  # the first image of this seed does not meet it
@@ -68,6 +71,7 @@ def test_what_happens_is_shown_while_it_happens(open_page, gate, server):
     assert page.inner_text("#announcer").startswith("The loop has ended: ")
 
 
+@pytest.mark.slow
 def test_accept_takes_the_best_image(open_page, gate, http, server):
     page = open_page()
     page.fill("#prompt", UNMET)
@@ -88,6 +92,7 @@ def test_accept_takes_the_best_image(open_page, gate, http, server):
     assert page.locator("#figure img").count() == 1
 
 
+@pytest.mark.slow
 def test_cancel_keeps_the_best_image_and_places_in_the_queue_are_shown(open_page, gate, http, server):
     others = [http.post("/v1/loops", json=BODY).json()["id"]]
     wait_until(lambda: gate.is_holding)  # the first one has the device; together, both would start
@@ -109,6 +114,7 @@ def test_cancel_keeps_the_best_image_and_places_in_the_queue_are_shown(open_page
     assert page.evaluate("document.querySelector('#figure img').naturalWidth") == 64
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_resumed_after_the_last_event(open_page, http, loop_id):
     """The first stream ends after three events, as if the connection was lost."""
     events, _ = events_of(http, loop_id)

@@ -169,6 +169,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit_and_eight_devices_compute_the_same(tmp_path):
     whole = fit(toy_task(), TRAIN, tmp_path / "whole")
     fit(toy_task(), TRAIN, tmp_path / "parts", stop_after=3)
@@ -232,6 +233,7 @@ def test_a_model_must_be_named():
         flux2_distill.task(flux2_distill.CONFIG)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
 def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
     recipe = load_recipe("configs/flux2_distill.py")  # as clvr plan does

@@ -9,6 +9,7 @@ from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.training.objectives.losses import noise_prediction_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_whoever_knows_the_picture_predicts_noise_without_error(prediction_type):
     schedule = NoiseSchedule(prediction_type=prediction_type)

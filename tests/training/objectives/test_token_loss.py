@@ -36,6 +36,7 @@ def close(found, expected):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-7), found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 7, 32, 1000])
 def test_blocks_add_up_to_the_whole(arrays, block):
     def in_blocks(*arrays):
@@ -81,6 +82,7 @@ def test_nothing_is_sent_at_every_block():
     assert {one.times for one in found} == {1}
 
 
+@pytest.mark.slow
 def test_only_what_the_assistant_says_counts(arrays):
     states, head, tokens, weights = arrays
     weights = weights.copy()

@@ -27,6 +27,7 @@ def test_a_pattern_without_a_weight_is_an_error():
         scaled(TREE, {"embed": 2.0, "o_proj": 0.0})
 
 
+@pytest.mark.slow
 def test_models_begin_with_tokens_as_they_are_and_draw_nothing():
     """Residual branches are closed: every hidden state is the embedding, of unit size, and the velocity is zero."""
     encoder = Qwen3(sizes.TEXT_ENCODER, rngs=nnx.Rngs(0))

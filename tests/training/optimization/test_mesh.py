@@ -81,6 +81,7 @@ def alone(task):
     return losses(task, mesh=ONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_the_first_steps_are_the_same_on_every_mesh(task, alone, name):
     """Four of eight: on eight virtual devices a step takes most of its time to synchronize them."""
@@ -88,6 +89,7 @@ def test_the_first_steps_are_the_same_on_every_mesh(task, alone, name):
     assert alone[-1, 0] < 0.98 * alone[0, 0]
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_adds_up_to_the_whole():
     task = talking_task()
     whole = losses(task, steps=5, mesh=ONE)
@@ -158,6 +160,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):
         fit(task, TrainConfig(steps=1), tmp_path)
 
 
+@pytest.mark.slow
 def test_master_weights_stay_float32_where_the_loss_is_computed_in_bfloat16(tmp_path):
     seen = []
     task = talking_task()
