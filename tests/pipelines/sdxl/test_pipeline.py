@@ -79,8 +79,10 @@ def test_sdxl_is_that_of_diffusers(folders, guidance, negative):
 
 @pytest.mark.slow
 def test_an_empty_negative_prompt_is_not_none(folders):
-    check(folders(True, "euler"), prompt=["a star"], negative_prompt=[""], guidance_scale=3.0, height=40, width=56,
-          num_inference_steps=2, latents=noise(1))  # fmt: skip
+    check(
+        folders(True, "euler"), prompt=["a star"] * 3, negative_prompt=[""] * 3, guidance_scale=3.0, height=40,
+        width=56, num_inference_steps=6, latents=noise(3),
+    )  # fmt: skip
 
 
 @pytest.mark.slow
