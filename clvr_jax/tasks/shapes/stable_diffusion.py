@@ -12,6 +12,7 @@ from clvr_jax.data.preprocessing.clip_tokens import encode_clip, make_clip_token
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.models.common.abstract import abstract_module
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.flux2 import AutoencoderKLFlux2
 from clvr_jax.models.stable_diffusion import (
@@ -60,7 +61,7 @@ def without_batch_norm(vae: AutoencoderKLFlux2) -> AutoencoderKL:
     deviation = jnp.sqrt(jnp.mean(variance) + jnp.var(mean))
     shared = {field.name: getattr(vae.config, field.name) for field in dataclasses.fields(AutoencoderConfig)}
     config = AutoencoderKLConfig(**shared, scaling_factor=float(1 / deviation))
-    plain = AutoencoderKL(config, rngs=nnx.Rngs(0))
+    plain = abstract_module(lambda rngs: AutoencoderKL(config, rngs=rngs))
     nnx.update(plain, nnx.state(vae, nnx.Param))
     return plain
 
