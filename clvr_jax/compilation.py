@@ -1,14 +1,18 @@
 """Compiled programs: kept on disk, so that the second run of a command starts at once, and bounded in memory."""
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _MAPS, _MAX_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 _counted = float("-inf")
 """The time of the last count of maps."""
+
+_cache_setting = threading.RLock()
+_drops: list[Callable[[], None]] = []
 
 
 def enable_compilation_cache() -> Path | None:
@@ -37,18 +41,27 @@ def enable_compilation_cache() -> Path | None:
 
 @contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compiles without the persistent cache: it cannot read a program for devices that are not there."""
+    """Compiles without the persistent cache.
+
+    It cannot read a program for devices that are not there, and what it has read for a CPU cannot be serialized again.
+    """
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    before = jax.config.values["jax_enable_compilation_cache"]
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()  # JAX looks at the setting once, before its first program
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        reset_cache()
+    with _cache_setting:  # two threads would restore each other's setting
+        before = jax.config.values["jax_enable_compilation_cache"]
+        try:
+            jax.config.update("jax_enable_compilation_cache", False)
+            reset_cache()  # JAX looks at the setting once, before its first program
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", before)
+            reset_cache()
+
+
+def drop_with_caches(drop: Callable[[], None]) -> None:
+    """Lets `release_programs` call a function that drops further programs."""
+    _drops.append(drop)
 
 
 def release_programs(
@@ -81,6 +94,8 @@ def release_programs(
     except (OSError, ValueError):
         return False
     jax.clear_caches()
+    for drop in _drops:
+        drop()
     return True
 
 

@@ -12,6 +12,8 @@ import jax
 from flax import nnx
 
 from clvr_jax.pipelines.offload import Offloader, in_host
+from clvr_jax.programs import StoredFunction
+from clvr_jax.programs.fingerprint import fingerprint
 from clvr_jax.sharding import MeshLayout, replicate
 from clvr_jax.trees import Params
 
@@ -30,6 +32,11 @@ class HashedGraphDef:
     def __hash__(self) -> int:
         return self._hash
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The digest of the graph definition, which is the same in every process."""
+        return fingerprint(self.graphdef)
+
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, HashedGraphDef) and self.graphdef == other.graphdef)
 
@@ -40,8 +47,8 @@ def jit_module(
     replicate_weights: bool = False,
     static_argnums: int | Sequence[int] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
-) -> Callable[..., Result]:
-    """Returns `function(graphdef, state, ...)` under `jax.jit`; the result takes (HashedGraphDef, state, ...).
+) -> StoredFunction[Result]:
+    """Returns `function(graphdef, state, ...)`, jitted; the result takes (HashedGraphDef, state, ...).
 
     Args:
       function: computes with a module.
@@ -54,7 +61,7 @@ def jit_module(
     def with_graphdef(hashed: HashedGraphDef, state: Params, *rest: P.args, **named: P.kwargs) -> Result:
         return function(hashed.graphdef, replicate(state) if replicate_weights else state, *rest, **named)
 
-    return jax.jit(with_graphdef, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    return StoredFunction(with_graphdef, static_argnums=static_argnums, donate_argnums=donate_argnums)
 
 
 class JittedPipeline:

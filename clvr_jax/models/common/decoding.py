@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.layers import read_only_weights
 from clvr_jax.models.common.sampling import UNCHANGED, Sampling, filter_logits, occurrences, penalize
+from clvr_jax.programs import StoredFunction
 from clvr_jax.trees import Params
 
 CACHE_BUCKET = 64
@@ -152,7 +153,7 @@ def _is_traced(prompt: object) -> bool:
 
 
 @functools.partial(
-    jax.jit,
+    StoredFunction,
     static_argnames=(
         *("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs", "sampling"),
         "return_cache",

@@ -41,6 +41,7 @@ from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
+from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import process_allgather
 
 
@@ -379,7 +380,7 @@ class Flux2Pipeline(ReferencePipeline):
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(StoredFunction, static_argnums=2)
 def _noise(keys: jax.Array, rows: np.ndarray, shape: tuple[int, int, int]) -> jax.Array:
     """Returns noise (rows, h w, channels) from the keys of rows; to index outside would be eight more programs."""
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[rows])

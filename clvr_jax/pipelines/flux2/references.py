@@ -17,6 +17,7 @@ from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer, Referenc
 from clvr_jax.pipelines.flux2.programs import References, cache_references, encode_images
 from clvr_jax.pipelines.flux2.settings import Flux2Settings, ReferenceMode
 from clvr_jax.pipelines.jit_modules import HashedGraphDef, JittedPipeline, jit_module
+from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import MeshLayout, active_layout, with_logical_constraint
 from clvr_jax.trees import Params
 
@@ -111,7 +112,7 @@ class ReferencePipeline(JittedPipeline):
         self.kept_references = ReferenceStore()
         self._encode_images = jit_module(encode_images, replicate_weights=True, static_argnums=0)
         self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4))
-        self._row_of, self._join_rows = jax.jit(_row_of), jax.jit(_join_rows)
+        self._row_of, self._join_rows = StoredFunction(_row_of), StoredFunction(_join_rows)
 
     def choose_reference_cache(self, mode: ReferenceMode | None, model: str) -> None:
         """Chooses how images attend to references; another mode than the model's own is said in one line on stderr.

@@ -21,6 +21,7 @@ from clvr_jax.models.qwen3_vl.image_buckets import TOKENS, bucket_of
 from clvr_jax.models.qwen3_vl.model import DecodeCache
 from clvr_jax.models.qwen3_vl.positions import Conversation, merged_tokens
 from clvr_jax.pipelines.qwen3_vl.prefix_tree import PrefixTree, common
+from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import active_layout, with_logical_constraint
 
 PAGE_TOKENS = 16
@@ -236,7 +237,7 @@ def _whole_images(symbols: Sequence[int], length: int) -> int:
     return length
 
 
-@jax.jit
+@StoredFunction
 def _read(pages: Pages, table_bn: Int[Array, "b n"]) -> Pages:
     """Returns the tokens of pages one after another, (layers, b, tokens, kv_heads, head_dim)."""
 
@@ -250,7 +251,7 @@ def _read(pages: Pages, table_bn: Int[Array, "b n"]) -> Pages:
     return read(pages[0]), read(pages[1])
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(StoredFunction, donate_argnums=0)
 def _write(
     pages: Pages,
     cache: tuple[jax.Array, jax.Array],

@@ -30,6 +30,7 @@ from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layou
 from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.sdxl import io as sdxl_io
 from clvr_jax.pipelines.sdxl.io import Solver
+from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import process_allgather
 from clvr_jax.trees import Params
 
@@ -92,7 +93,7 @@ class SDXLPipeline(JittedPipeline):
         self.text_encoders, self.tokenizers = tuple(text_encoders), tuple(tokenizers)
         self.scheduler, self.settings = dict(scheduler), settings
         self.schedule, self.solver = sdxl_io.read_scheduler(scheduler)
-        self._encode_text = jax.jit(encode_text, static_argnums=0)
+        self._encode_text = StoredFunction(encode_text, static_argnums=0)
         self._denoise = jit_module(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
         self._decode = jit_module(decode, replicate_weights=True, static_argnums=0)
 
@@ -269,7 +270,7 @@ def solver_timesteps(schedule: NoiseSchedule, solver: Solver, steps: int) -> np.
     return timesteps[solver](steps)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(StoredFunction, static_argnums=(1, 2))
 def step_noise(keys: jax.Array, steps: int, shape: tuple[int, int, int]) -> jax.Array:
     """Returns the noise that LCM adds between steps, (steps - 1, b, h, w, c); each row depends on its own key only."""
     rows = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (steps - 1, *shape)))(keys)
@@ -317,7 +318,7 @@ def _check_components(
             )
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(StoredFunction, static_argnums=1)
 def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
