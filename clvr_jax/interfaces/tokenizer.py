@@ -23,7 +23,7 @@ class BatchTokens(TypedDict):
 
 
 class Tokenizer(Protocol):
-    """A fast tokenizer of transformers, a `PreTrainedTokenizerFast`.
+    """A fast tokenizer of transformers, a `PreTrainedTokenizerFast`, or one that has what is used of it.
 
     Attributes:
       chat_template: the Jinja template of conversations, None if there is none.

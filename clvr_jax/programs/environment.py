@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import sys
@@ -21,7 +22,6 @@ from clvr_jax.sharding import MeshLayout
 FORMAT = 1
 """The number of the format of stored programs; another one is another key."""
 
-_PACKAGE = Path(__file__).parents[1]
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _IGNORED = ("cache", "log", "traceback", "debug_info", "dump", "profile", "pgle", "persistent", "coordination", "captured")
 """Parts of names of JAX's settings that change no program: where it is cached, and what is said about it."""
@@ -33,11 +33,12 @@ def environment(client: Any) -> str:
     It has the versions of Python, JAX, Flax and NumPy, the backend with its version and all its devices, the
     instructions and the number of this machine's processors, and the environment variables of XLA.
     """
-    return fingerprint(_process(), client.platform, client.platform_version, _devices(client))
+    return fingerprint(process(), client.platform, client.platform_version, _devices(client))
 
 
 @functools.cache
-def _process() -> str:
+def process() -> str:
+    """Returns the digest of what does not depend on a backend: versions, environment variables, processors."""
     versions = (sys.version, jax.__version__, jaxlib.__version__, flax.__version__, np.__version__, ml_dtypes.__version__)
     variables = tuple(os.environ.get(name, "") for name in _VARIABLES)
     return fingerprint(FORMAT, versions, variables, _processors())
@@ -45,8 +46,11 @@ def _process() -> str:
 
 @functools.cache
 def sources() -> str:
-    """Returns the digest of the source of this package, as it was when it was first asked for."""
-    return source_digest(_PACKAGE)
+    """Returns the digest of the source of this package and of `convert`, as it was when it was first asked for."""
+    places = [Path(__file__).parents[1]]
+    convert = importlib.util.find_spec("clvr_jax.convert")  # installed with the package, or beside it
+    places += map(Path, (convert and convert.submodule_search_locations) or [])
+    return fingerprint([source_digest(place) for place in places])
 
 
 def _devices(client: Any) -> tuple[tuple[object, ...], ...]:

@@ -22,8 +22,8 @@ _ROOTS = frozenset(
 )
 """Packages whose code an environment has the version or the digest of (`environment.py`)."""
 
-_NOT_DIGESTED = ("clvr_jax.convert", "clvr_jax.configs")
-"""Modules that are elsewhere than the package, so that its digest does not include them."""
+_NOT_DIGESTED = "clvr_jax.configs"
+"""Recipes, which are elsewhere than the package, so that no digest includes them."""
 
 _ATOMS = (str, int, float, complex, bool, bytes, type(None), type(...))
 

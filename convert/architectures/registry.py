@@ -32,6 +32,7 @@ from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition
+from clvr_jax.programs import stored_value
 from clvr_jax.trees import Params
 
 ModelConfig: TypeAlias = Any
@@ -97,10 +98,13 @@ class Architecture:
 # Tracing a UNet takes seconds, and a conversion needs the result several times.
 @functools.lru_cache(maxsize=16)
 def _split(architecture: Architecture, made: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[nnx.Module], Params]:
-    try:
-        graphdef, state = nnx.split(
+    def traced() -> tuple[nnx.GraphDef[nnx.Module], Params]:
+        return nnx.split(
             abstract_module(lambda rngs: architecture.module(made, rngs=rngs, dtype=dtype, param_dtype=dtype))
         )
+
+    try:
+        graphdef, state = stored_value(traced, architecture.torch_class, architecture.module, made, dtype)
     except (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ClvrError(f"config.json: no {architecture.title} can be built of these sizes ({reason})") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from clvr_jax.convert import hub as module
+from clvr_jax.convert import hub_download as module
 from clvr_jax.convert.hub import local_directory, model_files
 from clvr_jax.errors import ClvrError, UsageError
 from tests.convert.hub_server import COMMIT, Hub, serving

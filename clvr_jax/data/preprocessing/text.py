@@ -1,6 +1,5 @@
 """Text preprocessing: prompts as tokens, length buckets, and the small tokenizer of the shipped models."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE, check_chat_template, render_chats
+from clvr_jax.data.preprocessing.chat_templates import check_chat_template, render_chats
+from clvr_jax.data.preprocessing.own_tokenizer import read_own_tokenizer, write_own_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import located
 from clvr_jax.files.json_input import read_object
@@ -48,6 +48,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
       vocab_size: size of the vocabulary, with the 256 bytes and the special tokens.
       directory: output directory, which is created; files in it are replaced.
     """
+    tokenizer = _empty_tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    write_own_tokenizer(tokenizer, directory)
+
+
+def _empty_tokenizer() -> tokenizers.Tokenizer:
+    """Returns a tokenizer of ours before it is trained."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,32 +70,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "add_prefix_space": False,
-        "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": None,
-        "padding_side": "right",
-        "model_max_length": 131072,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return tokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Returns the transformers tokenizer in `directory`, which holds tokenizer.json, or vocab.json and merges.txt.
+    """Returns the tokenizer in `directory`, which holds tokenizer.json, or vocab.json and merges.txt.
 
     Raises: ClvrError, one line, if these are missing or cannot be read, if the tokenizer knows no text, or if its chat
       template cannot render a short conversation.
@@ -118,11 +110,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read_tokenizer(directory: Path) -> object:
-    """Returns what `AutoTokenizer` reads, without it if the tokenizer is Qwen's.
+    """Returns what `AutoTokenizer` reads, without it if the tokenizer is Qwen's, or one of ours.
 
     The module of `AutoTokenizer` imports the configurations of all models, and PyTorch if it is installed: 2 seconds.
     """
     if _is_qwen(directory):
+        if (own := read_own_tokenizer(directory, _empty_tokenizer())) is not None:
+            return own
         from transformers import Qwen2Tokenizer  # slow to import, and only pipelines need it
 
         return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)

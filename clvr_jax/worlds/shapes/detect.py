@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes.render import signed_distance
@@ -120,6 +119,8 @@ class Examination(NamedTuple):
 
 def examine(image: np.ndarray, slack: float = 0.0) -> Examination:
     """Detects the objects in an image, and measures by how much each is clear; arguments and errors of `detect`."""
+    from scipy import ndimage  # slow to import, and reading a prompt of this world needs no detector
+
     image = np.asarray(image)
     if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
         raise ClvrError(f"detect: needs a uint8 image of shape (64, 64, 3), got {image.dtype} {image.shape}")
@@ -159,6 +160,8 @@ def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
       difference: float (h, w, 3), image minus background.
     Returns: int labels (h, w), 0 for the background, and the number of components.
     """
+    from scipy import ndimage  # see `examine`
+
     labels, number = ndimage.label(np.abs(difference).max(axis=-1) > _FOREGROUND, structure=_EIGHT)
     return labels, number
 
