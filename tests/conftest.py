@@ -38,6 +38,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 PROGRAMS = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"clvr-jax-test-programs-{os.getuid()}")
 )
+# Tests say what a jitted function compiles; a store of programs would answer in its place.
+os.environ.setdefault("CLVR_PROGRAMS", "off")
 MIN_COMPILE_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 ONE_WORKER = (

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import pytest
@@ -20,6 +21,9 @@ import jax
 
 counts = Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, fun_name=None, **_: counts.update([f"trace {fun_name}"] if "trace" in event else [])
+)
 from clvr_jax.cli import main
 
 code = main(sys.argv[1:])
@@ -27,25 +31,48 @@ print(json.dumps(counts), file=sys.stderr)
 sys.exit(code)
 """
 
+TRACED = ("trace encode_text", "trace denoise", "trace decode", "trace _generate", "trace _noise")
+
+
+def start(directory, name, **variables):
+    """Runs a command as a user does; returns counts of events, and the image."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"), **variables}
+    del environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]  # as a user starts it
+    command = ["generate", PROMPT, "--model", "shapes-tiny", "--max-steps", "1", "--nfe", "1"]
+    command += ["--verification", "none", "--out", str(directory / name)]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, *command], env=environment, capture_output=True, text=True, check=True
+    )
+    image = (directory / name / "step_00.png").read_bytes()
+    return Counter(json.loads(done.stderr.splitlines()[-1])), image, done.stderr
+
 
 @pytest.mark.slow
 def test_a_second_start_of_a_command_compiles_nothing(tmp_path):
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
-    del environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]  # as a user starts it
-
-    def start(name):
-        command = ["generate", PROMPT, "--model", "shapes-tiny", "--max-steps", "1", "--nfe", "1"]
-        command += ["--verification", "none", "--out", str(tmp_path / name)]
-        done = subprocess.run(
-            [sys.executable, "-c", COUNTING, *command], env=environment, capture_output=True, text=True, check=True
-        )
-        counts = json.loads(done.stderr.splitlines()[-1])
-        return counts["compile_requests_use_cache"], counts.get("cache_hits", 0)
-
-    requests, hits = start("first")
+    first, _, _ = start(tmp_path, "first")
+    requests = first["compile_requests_use_cache"]
     assert requests > 5
-    assert hits < requests
-    assert start("second") == (requests, requests)
+    assert first["cache_hits"] < requests
+    second, _, _ = start(tmp_path, "second")
+    assert second["compile_requests_use_cache"] == second["cache_hits"] == requests
+
+
+@pytest.mark.slow
+def test_a_second_start_traces_none_of_the_large_functions(tmp_path):
+    variables = {"CLVR_PROGRAMS": str(tmp_path / "store")}
+    first, image, _ = start(tmp_path, "first", **variables)
+    assert [first[name] for name in TRACED] == [1] * len(TRACED)
+    second, same, _ = start(tmp_path, "second", **variables)
+    assert not any(second[name] for name in TRACED)
+    assert same == image, "the program is the same"
+    assert start(tmp_path, "without")[1] == image, "and the one that is compiled without a store"
+    for path in (tmp_path / "store").iterdir():
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    third, same, errors = start(tmp_path, "third", **variables)
+    assert [third[name] for name in TRACED] == [1] * len(TRACED)
+    assert same == image
+    assert "damaged" in errors
+    assert not any(start(tmp_path, "fourth", **variables)[0][name] for name in TRACED)
 
 
 @pytest.fixture
