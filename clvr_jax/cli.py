@@ -27,6 +27,7 @@ from clvr_jax.commands.generation.generate import Generate
 from clvr_jax.commands.generation.sample import Sample
 from clvr_jax.commands.generation.serve import Serve
 from clvr_jax.commands.generation.verifying import Verify
+from clvr_jax.commands.generation.warm import Warm
 from clvr_jax.commands.recipes.curves import Curves
 from clvr_jax.commands.recipes.launch import Launch
 from clvr_jax.commands.recipes.recipe_command import RecipeCommand, parse_recipe_command
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, type[Command | CommandGroup]] = {
     "sample": Sample,
     "verify": Verify,
     "serve": Serve,
+    "warm": Warm,
     "train": Train,
     "launch": Launch,
     "curves": Curves,

@@ -31,10 +31,11 @@ Result = TypeVar("Result")
 class MadeProgram(NamedTuple):
     """A program that was asked for inside `making_programs`.
 
-    name: of the function. is_new: whether it was compiled, not read. nbytes: of the stored program, 0 if it cannot be
-    stored. seconds: to compile or to read it.
+    key: tells programs apart. name: of the function. is_new: whether it was compiled, not read. nbytes: of the stored
+    program, 0 if it cannot be stored. seconds: to compile or to read it.
     """
 
+    key: str
     name: str
     is_new: bool
     nbytes: int
@@ -56,7 +57,13 @@ class _Program:
     """Tree of `_Out`."""
 
 
-_report: Callable[[MadeProgram], None] | None = None
+@dataclass(frozen=True)
+class _Making:
+    report: Callable[[MadeProgram], None]
+    is_run: bool
+
+
+_making: _Making | None = None
 _functions: "weakref.WeakSet[StoredFunction[Any]]" = weakref.WeakSet()
 
 
@@ -121,7 +128,7 @@ class StoredFunction(Generic[Result]):
         program = self._programs.get(own)
         if program is None:
             return self._jitted(*args, **named)
-        if _report is not None and (zeros := _zeros(program, own)) is not None:
+        if _making is not None and not _making.is_run and (zeros := _zeros(program, own)) is not None:
             return zeros
         return program.compiled(*dynamic, **traced)
 
@@ -148,8 +155,8 @@ class StoredFunction(Generic[Result]):
         nbytes, program = _read(store, key, own, devices)
         if is_new := program is None:
             nbytes, is_new, program = self._make(store, key, own, devices, args, named)
-        if _report is not None:
-            _report(MadeProgram(name, is_new, nbytes, time.monotonic() - began))
+        if _making is not None:
+            _making.report(MadeProgram(key, name, is_new, nbytes, time.monotonic() - began))
         return program
 
     def _make(
@@ -221,17 +228,19 @@ def _zeros(program: _Program, own: Signature) -> Any:
 
 
 @contextlib.contextmanager
-def making_programs(report: Callable[[MadeProgram], None]) -> Iterator[None]:
-    """Makes programs inside the context and runs none: their results are zeros.
+def making_programs(report: Callable[[MadeProgram], None], *, is_run: bool = False) -> Iterator[None]:
+    """Makes programs inside the context, and runs none: their results are zeros.
 
-    report: called for each program that a function needs for the first time.
+    Args:
+      report: called for each program that a function needs for the first time.
+      is_run: runs them as well.
     """
-    global _report
-    before, _report = _report, report
+    global _making
+    before, _making = _making, _Making(report, is_run)
     try:
         yield
     finally:
-        _report = before
+        _making = before
 
 
 def drop_programs() -> None:

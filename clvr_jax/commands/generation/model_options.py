@@ -151,13 +151,13 @@ def parse_quantize(words: tuple[str, ...]) -> "Quantize":
     return "int8" if "" in chosen else chosen
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Parses HEIGHTxWIDTH or one number for both, in pixels. Raises: UsageError for anything else."""
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
         raise UsageError(
-            f"--size {text}: give HEIGHTxWIDTH in pixels, such as 512x768, or one number, up to {_MAX_SIDE}"
+            f"{option} {text}: give HEIGHTxWIDTH in pixels, such as 512x768, or one number, up to {_MAX_SIDE}"
         )
     return height, width
 
