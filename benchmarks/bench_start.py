@@ -1,0 +1,127 @@
+"""Seconds from the start of a command to its first image: with no cache, with JAX's cache, and with stored programs.
+
+python benchmarks/bench_start.py
+python benchmarks/bench_start.py --model DIR --sizes 1024 --references 0
+
+The first line is `make demo` up to its first image, by the clock and by the seconds of all cores. The three ways take
+turns, so that their ratios are of one run. With --model, the time until the model is ready, its weights and its
+programs loaded, is compared with the time to read its files into memory: `clvr warm` does just that if all programs
+exist. Run it on a quiet machine, after a first run has read the files from disk.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from contest import folder_of
+
+PROMPT = (
+    "a red star at the top left, a blue circle at the top, an orange star in the center, a green square at the left, "
+    "a yellow triangle at the bottom left, and a purple cross at the bottom right"
+)
+CLVR = (sys.executable, "-m", "clvr_jax.cli")
+TARGET_SECONDS, TARGET_RATIO = 3.0, 1.2
+_BLOCK = 16 * 2**20
+
+
+def main() -> None:
+    """Prints the seconds of the three ways and their ratios, or those of a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5, help="of the ways that do not compile")
+    parser.add_argument("--model", help="shipped name or directory, whose time to be ready is measured instead")
+    parser.add_argument("--sizes", nargs="+", default=[], help="of `clvr warm`")
+    parser.add_argument("--references", default="0", help="of `clvr warm`")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        if options.model:
+            ready(options.model, options.sizes, options.references, Path(directory), options.repetitions)
+        else:
+            first_images(Path(directory), options.repetitions)
+
+
+def first_images(directory: Path, repetitions: int) -> None:
+    """Prints the times to the first image."""
+    ways = {
+        "JAX's cache": variables(directory / "xla", "off"),
+        "stored programs": variables(directory / "xla", str(directory / "programs")),
+    }
+    empty = [first_image(own, directory) for own in ways.values()]  # fills both
+    print(f"{'no cache':<16} {empty[0][0]:6.2f} s, {empty[0][1]:6.2f} s of all cores", flush=True)
+    first_image(ways["stored programs"], directory)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(repetitions):
+        for name, own in ways.items():
+            found[name].append(first_image(own, directory))
+    for name, own in found.items():
+        clock, cores = (statistics.median(values) for values in zip(*own, strict=True))
+        low, high = min(own)[0], max(own)[0]
+        print(f"{name:<16} {clock:6.2f} s ({low:.2f} to {high:.2f}), {cores:6.2f} s of all cores", flush=True)
+    ratios = sorted(new[0] / old[0] for old, new in zip(*found.values(), strict=True))
+    median = statistics.median(each for each, _ in found["stored programs"])
+    print(
+        f"stored programs over JAX's cache {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
+        f"target {TARGET_SECONDS:g} s: {'reached' if median <= TARGET_SECONDS else 'not reached'}"
+    )
+
+
+def first_image(environment: dict[str, str], directory: Path) -> tuple[float, float]:
+    """Runs the loop; returns the seconds to its first image, by the clock and of all cores to the end of one step."""
+    command = [*CLVR, "generate", PROMPT, "--model", "shapes-tiny", "--max-steps", "1", "--out", str(directory / "out")]
+    before, began = cpu_seconds(), time.perf_counter()
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        assert run.stderr is not None
+        clock = next((time.perf_counter() - began for line in run.stderr if line.startswith("step 0")), None)
+        run.stderr.read()
+    if run.returncode or clock is None:
+        raise SystemExit(f"{' '.join(command)}: exit code {run.returncode}")
+    return clock, cpu_seconds() - before
+
+
+def ready(model: str, sizes: list[str], references: str, directory: Path, repetitions: int) -> None:
+    """Prints the time until a model is ready, and the time to read its files."""
+    environment = variables(directory / "xla", str(directory / "programs"))
+    command = [*CLVR, "warm", model, "--references", references, *(["--sizes", *sizes] if sizes else [])]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    # The components of the image generator, without the controller, which `clvr warm` does not load.
+    files = [path for path in sorted(folder_of(model).glob("*/*.safetensors")) if path.parent.name != "controller"]
+    nbytes = sum(path.stat().st_size for path in files)
+    times: list[tuple[float, float]] = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        for path in files:
+            with path.open("rb") as file:
+                while file.read(_BLOCK):
+                    pass
+        read = time.perf_counter() - began
+        began = time.perf_counter()
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        times.append((read, time.perf_counter() - began))
+    read, loaded = (statistics.median(values) for values in zip(*times, strict=True))
+    ratio = statistics.median(after / before for before, after in times)
+    print(
+        f"{model}: {nbytes / 2**30:.2f} GiB are read in {read:.2f} s, the model is ready after {loaded:.2f} s; ratio "
+        f"{ratio:.2f}, target {TARGET_RATIO:g}"
+    )
+
+
+def variables(cache: Path, programs: str) -> dict[str, str]:
+    """Returns the environment of a command with its caches in given directories."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "CLVR_"))}
+    platform = {"JAX_PLATFORMS": os.environ["JAX_PLATFORMS"]} if "JAX_PLATFORMS" in os.environ else {}
+    return {**own, **platform, "JAX_COMPILATION_CACHE_DIR": str(cache), "CLVR_PROGRAMS": programs}
+
+
+def cpu_seconds() -> float:
+    """Returns the processor time of all processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()
