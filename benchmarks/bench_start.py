@@ -10,6 +10,7 @@ exist. Run it on a quiet machine, after a first run has read the files from disk
 """
 
 import argparse
+import functools
 import os
 import resource
 import statistics
@@ -74,7 +75,9 @@ def first_image(environment: dict[str, str], directory: Path) -> tuple[float, fl
     """Runs the loop; returns the seconds to its first image, by the clock and of all cores to the end of one step."""
     command = [*CLVR, "generate", PROMPT, "--model", "shapes-tiny", "--max-steps", "1", "--out", str(directory / "out")]
     before, began = cpu_seconds(), time.perf_counter()
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+    with subprocess.Popen(  # noqa: S603 - this file's own command
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as run:
         assert run.stderr is not None
         clock = next((time.perf_counter() - began for line in run.stderr if line.startswith("step 0")), None)
         run.stderr.read()
@@ -87,7 +90,8 @@ def ready(model: str, sizes: list[str], references: str, directory: Path, repeti
     """Prints the time until a model is ready, and the time to read its files."""
     environment = variables(directory / "xla", str(directory / "programs"))
     command = [*CLVR, "warm", model, "--references", references, *(["--sizes", *sizes] if sizes else [])]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    run = functools.partial(subprocess.run, command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    run()
     # The components of the image generator, without the controller, which `clvr warm` does not load.
     files = [path for path in sorted(folder_of(model).glob("*/*.safetensors")) if path.parent.name != "controller"]
     nbytes = sum(path.stat().st_size for path in files)
@@ -100,7 +104,7 @@ def ready(model: str, sizes: list[str], references: str, directory: Path, repeti
                     pass
         read = time.perf_counter() - began
         began = time.perf_counter()
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run(stderr=subprocess.DEVNULL)
         times.append((read, time.perf_counter() - began))
     read, loaded = (statistics.median(values) for values in zip(*times, strict=True))
     ratio = statistics.median(after / before for before, after in times)

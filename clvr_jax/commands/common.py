@@ -89,7 +89,6 @@ def prepare_jax() -> None:
     """Makes the settings that must precede the import of models."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the advice to install PyTorch
     from clvr_jax.compilation import enable_compilation_cache
-
     from clvr_jax.programs import enable_program_store
 
     enable_compilation_cache()

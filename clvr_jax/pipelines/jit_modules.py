@@ -47,7 +47,7 @@ def jit_module(
     replicate_weights: bool = False,
     static_argnums: int | Sequence[int] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
-) -> StoredFunction[Result]:
+) -> Callable[..., Result]:
     """Returns `function(graphdef, state, ...)`, jitted; the result takes (HashedGraphDef, state, ...).
 
     Args:

@@ -41,7 +41,7 @@ def warm_calls(
       pipe: the pipeline.
       sizes: heights and widths in pixels; the model's own if empty.
       references: numbers of references; a Stable Diffusion model takes none.
-      text_tokens: lengths of texts, of which each stands for its bucket; all buckets if empty.
+      text_tokens: lengths of texts, of which each means its bucket; all buckets if empty.
     Raises: UsageError for a text that is longer than all buckets, or for references that the model does not take.
     """
     if isinstance(pipe, SDXLPipeline):
@@ -85,8 +85,8 @@ def make_programs(
     for call in calls:
         release_programs(interval_seconds=2.0)
         if isinstance(pipe, SDXLPipeline):
-            size = {"height": call.size[0], "width": call.size[1]} if any(call.size) else {}
-            pipe("a", num_inference_steps=steps, output_type="np", **size)
+            height, width = call.size if any(call.size) else (None, None)
+            pipe("a", num_inference_steps=steps, output_type="np", height=height, width=width)
         else:
             text = text_of(pipe, call.text_tokens)
             assert text is not None

@@ -23,7 +23,18 @@ FORMAT = 1
 """The number of the format of stored programs; another one is another key."""
 
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_IGNORED = ("cache", "log", "traceback", "debug_info", "dump", "profile", "pgle", "persistent", "coordination", "captured")
+_IGNORED = (
+    "cache",
+    "log",
+    "traceback",
+    "debug_info",
+    "dump",
+    "profile",
+    "pgle",
+    "persistent",
+    "coordination",
+    "captured",
+)
 """Parts of names of JAX's settings that change no program: where it is cached, and what is said about it."""
 
 
@@ -39,7 +50,14 @@ def environment(client: Any) -> str:
 @functools.cache
 def process() -> str:
     """Returns the digest of what does not depend on a backend: versions, environment variables, processors."""
-    versions = (sys.version, jax.__version__, jaxlib.__version__, flax.__version__, np.__version__, ml_dtypes.__version__)
+    versions = (
+        sys.version,
+        jax.__version__,
+        jaxlib.__version__,
+        flax.__version__,
+        np.__version__,
+        ml_dtypes.__version__,
+    )
     variables = tuple(os.environ.get(name, "") for name in _VARIABLES)
     return fingerprint(FORMAT, versions, variables, _processors())
 

@@ -159,7 +159,6 @@ def _write_function(value: Any, words: list[str]) -> None:
     words.append(f"function {_name(value)}")
     if isinstance(value, types.FunctionType):
         _write_code(value.__code__, words)
-        # The result of a decorator is told by what it wraps; its code is that of a package with a version.
         _write(value.__defaults__, words)
         _write(value.__kwdefaults__, words)
         for cell in value.__closure__ or ():

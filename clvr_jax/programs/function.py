@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import logging
-import pickle  # noqa: S403 - only of files that `ProgramStore` has found to be the user's own
+import pickle
 import threading
 import time
 import weakref
@@ -97,7 +97,8 @@ class StoredFunction(Generic[Result]):
 
         # What is stored is compiled for it: JAX keeps the program of a function, and one that it has read from its own
         # cache for a CPU cannot be serialized.
-        self._jitted, self._jitted_to_store = jit(function), jit(to_store)
+        self._jitted: Callable[..., Result] = jit(function)
+        self._jitted_to_store = jit(to_store)
         functools.update_wrapper(self, function)
         numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums or ())
         names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames or ())
@@ -112,8 +113,10 @@ class StoredFunction(Generic[Result]):
     def __call__(self, *args: Any, **named: Any) -> Result:
         """Calls the function."""
         store = active_store()
-        if store is None or jax.config.jax_disable_jit or jax.process_count() > 1:
+        is_disabled: bool = getattr(jax.config, "jax_disable_jit")  # noqa: B009 - not in JAX's types
+        if store is None or is_disabled or jax.process_count() > 1:
             return self._jitted(*args, **named)
+        static: list[tuple[int | str, Any]]
         static = [(number, args[number]) for number in sorted(self._static_numbers) if number < len(args)]
         static += sorted((name, value) for name, value in named.items() if name in self._static_names)
         dynamic = [value for number, value in enumerate(args) if number not in self._static_numbers]
@@ -128,9 +131,11 @@ class StoredFunction(Generic[Result]):
         program = self._programs.get(own)
         if program is None:
             return self._jitted(*args, **named)
-        if _making is not None and not _making.is_run and (zeros := _zeros(program, own)) is not None:
-            return zeros
-        return program.compiled(*dynamic, **traced)
+        result: Result
+        if _making is not None and not _making.is_run and (result := _zeros(program, own)) is not None:
+            return result
+        result = program.compiled(*dynamic, **traced)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the jitted function."""

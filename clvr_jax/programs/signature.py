@@ -37,14 +37,15 @@ def signature(
     static: the static arguments. args, named: the others.
     """
     leaves, tree = jax.tree.flatten((tuple(args), dict(named)))
-    described = []
+    described: list[tuple[Hashable, ...]] = []
     for leaf in leaves:
         if isinstance(leaf, jax.core.Tracer):
             return None
         if isinstance(leaf, jax.Array):
             described.append((jax.typeof(leaf), leaf.sharding, leaf.committed))
         else:
-            described.append((jax.typeof(leaf), type(leaf)))
+            kind: Hashable = type(leaf)
+            described.append((jax.typeof(leaf), kind))
     return Signature(static, tree, tuple(described), active_layout(), jax.sharding.get_abstract_mesh(), settings())
 
 
@@ -88,20 +89,23 @@ def devices_of(own: Signature) -> list[jax.Device]:
     if not orders and own.layout is not None:
         orders.add(tuple(own.layout.mesh.devices.flat))
     if not orders:
-        default = jax.config.jax_default_device
+        default: Any = getattr(jax.config, "jax_default_device")  # noqa: B009 - not in JAX's types
         orders.add((default,) if isinstance(default, jax.Device) else (jax.local_devices()[0],))
     if len(orders) > 1:
         raise NotStorableError("arrays on different devices")
     return list(orders.pop())
 
 
-def _part(value: object) -> object:
+def _part(value: Any) -> object:
     if isinstance(value, NamedSharding):
         return "mesh", mesh_parts(value.mesh), repr(value.spec), value.memory_kind
     if isinstance(value, SingleDeviceSharding):
-        return "device", tuple(device.id for device in value.device_set), value.memory_kind
+        device: Any = next(iter(value.device_set))
+        return "device", device.id, value.memory_kind
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}" if value.__module__ in ("builtins", "numpy") else _refuse(value)
+        return (
+            f"{value.__module__}.{value.__qualname__}" if value.__module__ in ("builtins", "numpy") else _refuse(value)
+        )
     if isinstance(value, bool | np.bool_):
         return bool(value)
     return _refuse(type(value))

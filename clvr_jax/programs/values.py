@@ -1,7 +1,7 @@
 """Results of tracing other than programs, which are stored beside them."""
 
 import logging
-import pickle  # noqa: S403 - only of files that `ProgramStore` has found to be the user's own
+import pickle
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -42,8 +42,8 @@ class Warm:
     """Numbers of images that a generated one refers to, such as 0-7 for a loop of eight steps; they have its size. If
     not given, 0: generated from text alone."""
     text_tokens: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = ()
-    """Lengths of texts in tokens, prompt and replies of a loop together; each stands for all lengths that are padded to
-    the same one. If not given, all lengths that the model reads."""
+    """Lengths of texts in tokens, prompt and replies of a loop together; each means all lengths that are padded to the
+    same one. If not given, all lengths that the model reads."""
     steps: Count = None
     """Number of sampler steps; the model's own number if not given."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -119,7 +119,9 @@ class Warm:
             return None, load_pipeline(self.model, **arguments)
         loop = ClosedLoopPipeline.from_pretrained(self.model, **arguments)
         if loop.controller is None:
-            raise UsageError(f"--prompts: {self.model} has no controller/, so it does not run in the loop; leave it out")
+            raise UsageError(
+                f"--prompts: {self.model} has no controller/, so it does not run in the loop; leave it out"
+            )
         return loop, loop.flux
 
     def _result(self, programs: "list[MadeProgram]", store: "ProgramStore") -> Result:

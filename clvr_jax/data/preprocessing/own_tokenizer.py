@@ -47,12 +47,16 @@ class OwnTokenizer:
     @property
     def pad_token_id(self) -> int:
         """The id of the padding."""
-        return self.convert_tokens_to_ids(CONFIG["pad_token"])
+        return self._special("pad_token")
 
     @property
     def eos_token_id(self) -> int:
         """The id of the token that ends a text."""
-        return self.convert_tokens_to_ids(CONFIG["eos_token"])
+        return self._special("eos_token")
+
+    def _special(self, role: str) -> int:
+        token: int = self.convert_tokens_to_ids(CONFIG[role])
+        return token
 
     @property
     def special_tokens_map(self) -> Mapping[str, object]:
