@@ -117,6 +117,8 @@ def ready(model: str, sizes: list[str], references: str, directory: Path, repeti
 def variables(cache: Path, programs: str) -> dict[str, str]:
     """Returns the environment of a command with its caches in given directories."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "CLVR_"))}
+    own.pop("PYTHONDONTWRITEBYTECODE", None)  # each start would compile all modules
+    own["PYTHONPYCACHEPREFIX"] = str(cache.with_name("bytecode"))
     platform = {"JAX_PLATFORMS": os.environ["JAX_PLATFORMS"]} if "JAX_PLATFORMS" in os.environ else {}
     return {**own, **platform, "JAX_COMPILATION_CACHE_DIR": str(cache), "CLVR_PROGRAMS": programs}
 

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from PIL import Image
 
 from clvr_jax.compilation import release_programs
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.pipeline import row_keys
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 
 
@@ -94,7 +93,7 @@ def make_programs(
             pipe.generate(
                 [text],
                 [[Image.new("RGB", (width, height))] * call.references],
-                jnp.stack([jax.random.fold_in(jax.random.key(0), 0)]),
+                row_keys([0]),
                 num_inference_steps=steps,
                 height=height,
                 width=width,

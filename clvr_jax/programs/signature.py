@@ -23,7 +23,7 @@ class Signature(NamedTuple):
 
     static: tuple[tuple[int | str, Hashable], ...]
     tree: jax.tree_util.PyTreeDef
-    leaves: tuple[tuple[Hashable, ...], ...]
+    leaves: tuple[tuple[Any, ...], ...]
     layout: MeshLayout | None
     mesh: Hashable
     settings: tuple[object, ...]
@@ -37,15 +37,14 @@ def signature(
     static: the static arguments. args, named: the others.
     """
     leaves, tree = jax.tree.flatten((tuple(args), dict(named)))
-    described: list[tuple[Hashable, ...]] = []
+    described: list[tuple[Any, ...]] = []
     for leaf in leaves:
         if isinstance(leaf, jax.core.Tracer):
             return None
         if isinstance(leaf, jax.Array):
             described.append((jax.typeof(leaf), leaf.sharding, leaf.committed))
         else:
-            kind: Hashable = type(leaf)
-            described.append((jax.typeof(leaf), kind))
+            described.append((jax.typeof(leaf), type(leaf)))
     return Signature(static, tree, tuple(described), active_layout(), jax.sharding.get_abstract_mesh(), settings())
 
 

@@ -15,7 +15,7 @@ from clvr_jax.programs import enable_program_store
 from clvr_jax.programs.function import drop_programs
 from tests.commands.command_line import PROMPT, complaint
 
-FUNCTIONS = ("encode_text", "denoise", "decode", "encode_images", "_noise")
+FUNCTIONS = ("encode_text", "denoise", "_decode_tokens", "_encode_tokens", "_noise")
 
 
 @pytest.fixture

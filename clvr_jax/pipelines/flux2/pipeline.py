@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
@@ -43,6 +44,7 @@ from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layou
 from clvr_jax.pipelines.offload import Offload, offloader_of
 from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import process_allgather
+from clvr_jax.trees import Params
 
 
 class Flux2Pipeline(ReferencePipeline):
@@ -71,7 +73,7 @@ class Flux2Pipeline(ReferencePipeline):
         self.reference_cache = settings.reference_cache
         self.text_encoder_source = text_encoder_source
         self._encode_text = jit_module(encode_text, static_argnums=(0, 4))
-        self._decode = jit_module(decode, replicate_weights=True, static_argnums=0)
+        self._decode = jit_module(_decode_tokens, replicate_weights=True, static_argnums=(0, 3))
         self._denoise = jit_module(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
     @classmethod
@@ -226,9 +228,9 @@ class Flux2Pipeline(ReferencePipeline):
             latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
         conditions = self._text([prompts[i] for i in rows], use_guidance)
         seen, seen_sizes = self._references([pixels[i] for i in rows], sizes)
-        sigmas = jnp.asarray(self.schedule.sigmas(steps, grid[0] * grid[1]))
+        sigmas = np.asarray(self.schedule.sigmas(steps, grid[0] * grid[1]), np.float32)
         model = self._split("transformer")
-        fixed = (conditions, seen, sigmas, jnp.asarray(guidance, jnp.float32), grid, seen_sizes)
+        fixed = (conditions, seen, sigmas, np.float32(guidance), grid, seen_sizes)
         for first, last in [(0, steps)] if on_step is None else [(done, done + 1) for done in range(steps)]:
             latents = self._denoise(*model, latents, *fixed, (first, last))
             if on_step is not None:
@@ -238,8 +240,8 @@ class Flux2Pipeline(ReferencePipeline):
                 if not on_step(last, steps):
                     raise AbandonedError(f"the generation was abandoned after step {last} of {steps}")
         final = self._wait_if_offloaded(latents)
-        decoded = self._decode(*self._split("vae"), final.reshape(padded, *grid, -1))[:batch]
-        images = np.asarray(process_allgather(decoded), np.float32)
+        decoded = self._decode(*self._split("vae"), final, grid)
+        images = np.asarray(process_allgather(decoded), np.float32)[:batch]
         nfe = steps * (2 if use_guidance else 1)
         return Flux2Output([to_pil(image) for image in images] if output_type == "pil" else images, nfe)
 
@@ -281,7 +283,7 @@ class Flux2Pipeline(ReferencePipeline):
                 output = self.generate(
                     [prompts[index] for index in filled],
                     [references[index] for index in filled],
-                    jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in filled]),
+                    row_keys([seeds[index] for index in filled]),
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
                     height=height,
@@ -378,6 +380,27 @@ class Flux2Pipeline(ReferencePipeline):
                 f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)"
             )
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
+
+
+def row_keys(seeds: Sequence[int]) -> jax.Array:
+    """Returns the noise key of each of several independent rows, from its seed."""
+    if all(0 <= seed < 2**31 for seed in seeds):
+        return _row_keys(np.asarray(seeds, np.int32))
+    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in seeds])
+
+
+@StoredFunction
+def _row_keys(seeds_b: np.ndarray) -> jax.Array:
+    """Returns the keys of seeds; computed one by one they would be six more programs."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds_b)
+
+
+def _decode_tokens(
+    graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, latents_btc: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """Decodes the latent tokens of images, which are in rows of the grid, see `programs.decode`."""
+    rows, _, channels = latents_btc.shape
+    return decode(graphdef, state, latents_btc.reshape(rows, *grid, channels))
 
 
 @partial(StoredFunction, static_argnums=2)

@@ -10,6 +10,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from clvr_jax.display.console import console
 from clvr_jax.errors import UsageError
@@ -110,9 +111,10 @@ class ReferencePipeline(JittedPipeline):
     def __init__(self) -> None:
         super().__init__()
         self.kept_references = ReferenceStore()
-        self._encode_images = jit_module(encode_images, replicate_weights=True, static_argnums=0)
+        self._encode_images = jit_module(_encode_tokens, replicate_weights=True, static_argnums=0)
         self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4))
         self._row_of, self._join_rows = StoredFunction(_row_of), StoredFunction(_join_rows)
+        self._join_tokens = StoredFunction(_join_tokens)
 
     def choose_reference_cache(self, mode: ReferenceMode | None, model: str) -> None:
         """Chooses how images attend to references; another mode than the model's own is said in one line on stderr.
@@ -145,16 +147,16 @@ class ReferencePipeline(JittedPipeline):
         if grids and self.reference_cache == "loop" and (kept := self._kept_caches_or_none(pixels, grids)) is not None:
             return kept, ()
         encoded = [self._tokens([row[number] for row in pixels]) for number in range(len(grids))]
-        channels = self.transformer.config.in_channels
-        tokens = jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels))
-        if not grids or self.reference_cache == "none":
+        if not encoded:
+            return np.zeros((len(pixels), 0, self.transformer.config.in_channels), np.float32), grids
+        tokens = encoded[0] if len(encoded) == 1 else self._join_tokens(encoded)
+        if self.reference_cache == "none":
             return tokens, grids
         return (self._cache_references(*self._split("transformer"), tokens, grids),), ()
 
     def _tokens(self, images: Sequence[np.ndarray]) -> jax.Array:
         """Returns the latent tokens of one image of each row, (b, tokens, channels)."""
-        encoded = self._encode_images(*self._split("vae"), np.stack(images))
-        return encoded.reshape(len(images), -1, encoded.shape[-1])
+        return self._encode_images(*self._split("vae"), np.stack(images))
 
     def _kept_caches_or_none(self, pixels: list[list[np.ndarray]], grids: Grids) -> tuple[ReferenceCache, ...] | None:
         """Returns the caches of "loop"; None, and "image" from now on, if they do not fit into memory.
@@ -210,6 +212,17 @@ def history_keys(images: Sequence[np.ndarray]) -> list[bytes]:
         digest.update(np.ascontiguousarray(image).data)
         keys.append(digest.digest())
     return keys
+
+
+def _encode_tokens(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, images_bhwc: jax.Array) -> jax.Array:
+    """Encodes images to latent tokens in one row for each image, (b, tokens, channels), see `programs.encode_images`."""
+    encoded_bhwc = encode_images(graphdef, state, images_bhwc)
+    return encoded_bhwc.reshape(len(images_bhwc), -1, encoded_bhwc.shape[-1])
+
+
+def _join_tokens(tokens: Sequence[jax.Array]) -> jax.Array:
+    """Returns the latent tokens of all references of each row."""
+    return jnp.concatenate(tokens, axis=1)
 
 
 def _sharded(array: jax.Array) -> jax.Array:
