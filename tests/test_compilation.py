@@ -31,7 +31,7 @@ print(json.dumps(counts), file=sys.stderr)
 sys.exit(code)
 """
 
-TRACED = ("trace encode_text", "trace denoise", "trace _decode_tokens", "trace _generate", "trace _noise")
+TRACED = ("trace encode_text", "trace denoise", "trace _decode_tokens", "trace _generate", "trace make_noise")
 
 
 def start(directory, name, **variables):

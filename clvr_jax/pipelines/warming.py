@@ -8,7 +8,7 @@ from PIL import Image
 from clvr_jax.compilation import release_programs
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2.pipeline import row_keys
+from clvr_jax.pipelines.flux2.noise import row_keys
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 
 

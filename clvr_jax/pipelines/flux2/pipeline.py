@@ -7,7 +7,6 @@ Source: diffusers `Flux2KleinPipeline` and `Flux2KleinKVPipeline`.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +28,7 @@ from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2 import io as flux2_io
 from clvr_jax.pipelines.flux2.batching import any_row, common_sizes, split_rows
+from clvr_jax.pipelines.flux2.noise import batch_keys, make_noise, row_keys
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_text
 from clvr_jax.pipelines.flux2.references import ReferencePipeline
 from clvr_jax.pipelines.flux2.settings import (
@@ -42,7 +42,6 @@ from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
-from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import process_allgather
 from clvr_jax.trees import Params
 
@@ -154,12 +153,10 @@ class Flux2Pipeline(ReferencePipeline):
           output_type: "pil", or "np" for float32 (b, h, w, 3) in [0, 1].
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if latents is None:
-            noise_keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
         return self.generate(
             prompts,
             [list(images)] * len(prompts),
-            noise=jnp.asarray(latents) if latents is not None else noise_keys,
+            noise=batch_keys(seed, len(prompts)) if latents is None else jnp.asarray(latents),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             height=height,
@@ -223,7 +220,7 @@ class Flux2Pipeline(ReferencePipeline):
         padded = 1 << (batch - 1).bit_length()
         rows = [*range(batch), *[batch - 1] * (padded - batch)]
         if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
-            latents = _noise(noise, np.asarray(rows), (*grid, self.transformer.config.in_channels))
+            latents = make_noise(noise, np.asarray(rows), (*grid, self.transformer.config.in_channels))
         else:
             latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
         conditions = self._text([prompts[i] for i in rows], use_guidance)
@@ -382,29 +379,9 @@ class Flux2Pipeline(ReferencePipeline):
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
 
 
-def row_keys(seeds: Sequence[int]) -> jax.Array:
-    """Returns the noise key of each of several independent rows, from its seed."""
-    if all(0 <= seed < 2**31 for seed in seeds):
-        return _row_keys(np.asarray(seeds, np.int32))
-    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in seeds])
-
-
-@StoredFunction
-def _row_keys(seeds_b: np.ndarray) -> jax.Array:
-    """Returns the keys of seeds; computed one by one they would be six more programs."""
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds_b)
-
-
 def _decode_tokens(
     graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, latents_btc: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Decodes the latent tokens of images, which are in rows of the grid, see `programs.decode`."""
     rows, _, channels = latents_btc.shape
     return decode(graphdef, state, latents_btc.reshape(rows, *grid, channels))
-
-
-@partial(StoredFunction, static_argnums=2)
-def _noise(keys: jax.Array, rows: np.ndarray, shape: tuple[int, int, int]) -> jax.Array:
-    """Returns noise (rows, h w, channels) from the keys of rows; to index outside would be eight more programs."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[rows])
-    return noise.reshape(len(rows), shape[0] * shape[1], shape[2])

@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,8 @@ class ReferencePipeline(JittedPipeline):
             return kept, ()
         encoded = [self._tokens([row[number] for row in pixels]) for number in range(len(grids))]
         if not encoded:
-            return np.zeros((len(pixels), 0, self.transformer.config.in_channels), np.float32), grids
+            empty: Any = np.zeros((len(pixels), 0, self.transformer.config.in_channels), np.float32)
+            return empty, grids
         tokens = encoded[0] if len(encoded) == 1 else self._join_tokens(encoded)
         if self.reference_cache == "none":
             return tokens, grids
@@ -215,7 +216,7 @@ def history_keys(images: Sequence[np.ndarray]) -> list[bytes]:
 
 
 def _encode_tokens(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, images_bhwc: jax.Array) -> jax.Array:
-    """Encodes images to latent tokens in one row for each image, (b, tokens, channels), see `programs.encode_images`."""
+    """Encodes each image to a row of latent tokens, (b, tokens, channels), see `programs.encode_images`."""
     encoded_bhwc = encode_images(graphdef, state, images_bhwc)
     return encoded_bhwc.reshape(len(images_bhwc), -1, encoded_bhwc.shape[-1])
 
