@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
     from clvr_jax.pipelines.sdxl import SDXLPipeline
-    from clvr_jax.programs import MadeProgram, ProgramStore
+    from clvr_jax.programs import ProgramStore
+    from clvr_jax.programs.function import MadeProgram
 
 _MAX_REFERENCES = 64
 

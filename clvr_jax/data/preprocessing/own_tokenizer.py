@@ -103,11 +103,15 @@ class OwnTokenizer:
         return vocabulary
 
     def get_chat_template(self) -> str:
-        """Returns the chat template."""
-        return CHAT_TEMPLATE
+        """Returns the chat template. Raises: ValueError if it was removed."""
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template")
+        return self.chat_template
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: bool) -> str:
-        """Returns a conversation as text: what `CHAT_TEMPLATE` renders."""
+        """Returns a conversation as text: what `CHAT_TEMPLATE` renders. Raises: ValueError for another template."""
+        if self.chat_template != CHAT_TEMPLATE:
+            raise ValueError("another chat template than that of the tokenizer; render it with `render_chats`")
         text = ""
         for message in conversation:
             content = message["content"]
@@ -124,14 +128,16 @@ class OwnTokenizer:
 
     def save_pretrained(self, save_directory: str) -> None:
         """Writes the files of the tokenizer to a directory."""
-        write_own_tokenizer(self.backend_tokenizer, Path(save_directory))
+        write_own_tokenizer(self.backend_tokenizer, Path(save_directory), self.chat_template)
 
 
-def write_own_tokenizer(backend: tokenizers.Tokenizer, directory: Path) -> None:
+def write_own_tokenizer(
+    backend: tokenizers.Tokenizer, directory: Path, chat_template: str | None = CHAT_TEMPLATE
+) -> None:
     """Writes tokenizer.json and tokenizer_config.json, and creates the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / TOKENIZER_FILE))
-    (directory / CONFIG_FILE).write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps({**CONFIG, "chat_template": chat_template}, indent=2) + "\n")
 
 
 def read_own_tokenizer(directory: Path, pipeline: tokenizers.Tokenizer) -> OwnTokenizer | None:

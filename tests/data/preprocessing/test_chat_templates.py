@@ -7,11 +7,11 @@ import signal
 import threading
 
 import pytest
+from transformers import Qwen2Tokenizer
 
 from clvr_jax.cli import main
 from clvr_jax.data.preprocessing import chat_templates
 from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE, TemplateProcess, render_chats
-from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.registry import SHIPPED
 
@@ -55,7 +55,8 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(TOKENIZER)
+    """That of transformers, which renders any template."""
+    return Qwen2Tokenizer.from_pretrained(str(TOKENIZER))
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from transformers import Qwen2Tokenizer
 
-from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE
+from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE, render_chats
 from clvr_jax.data.preprocessing.own_tokenizer import CONFIG, OwnTokenizer
 from clvr_jax.data.preprocessing.text import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.registry import SHIPPED
 
 SHAPES = SHIPPED / "shapes-tiny"
@@ -139,3 +140,19 @@ def test_no_slow_library_is_imported_before_a_shipped_model_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_another_template_is_rendered_as_any_other_and_saved(tmp_path):
+    ours = load_tokenizer(SHAPES / "tokenizer")
+    ours.chat_template = "{{ messages | length }}"
+    assert render_chats(ours, MESSAGES) == ["1", "2", "3"]
+    with pytest.raises(ValueError, match="another chat template"):
+        ours.apply_chat_template(MESSAGES[0])
+    ours.save_pretrained(str(tmp_path))
+    saved = load_tokenizer(tmp_path)
+    assert not isinstance(saved, OwnTokenizer)
+    assert saved.chat_template == ours.chat_template
+    ours.chat_template = None
+    with pytest.raises(ClvrError, match="no chat template"):
+        render_chats(ours, MESSAGES)
+    assert load_tokenizer(SHAPES / "tokenizer").chat_template == CHAT_TEMPLATE
