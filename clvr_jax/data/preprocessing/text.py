@@ -1,6 +1,7 @@
 """Text preprocessing: prompts as tokens, length buckets, and the small tokenizer of the shipped models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         with located(directory):
             check_chat_template(found)
     return found
+
+
+def start_loading_tokenizer(directory: Path) -> Callable[[], Tokenizer]:
+    """Loads a tokenizer in a thread, while weights are read; returns the function that waits for it and returns it.
+
+    Where transformers and a process for the chat template are needed, this takes some seconds. The function raises
+    what `load_tokenizer` raises.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+    loading = pool.submit(load_tokenizer, directory)
+    pool.shutdown(wait=False)
+    return loading.result
 
 
 def _read_tokenizer(directory: Path) -> object:

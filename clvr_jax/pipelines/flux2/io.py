@@ -15,7 +15,7 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.data.preprocessing.text import load_tokenizer
+from clvr_jax.data.preprocessing.text import start_loading_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import atomic_directory, located, read_json, write_json
@@ -93,6 +93,7 @@ def load_flux2(
     formats = quantization_of(quantize, QUANTIZED_GENERATOR_PARTS)
     loras = read_loras(path / chosen, FLUX2_TRANSFORMER, lora, ignore_text_encoder)
     memory_kind = HOST if is_offloaded else None
+    tokenizer = start_loading_tokenizer(path / "tokenizer")
     layers, encoder_format = settings.text_encoder_out_layers, formats.get("text_encoder")
     return (
         load_model(
@@ -105,7 +106,7 @@ def load_flux2(
         ),
         load_vae(path / "vae", dtype),
         load_text_encoder(path / "text_encoder", dtype, layers, encoder_format, memory_kind),
-        load_tokenizer(path / "tokenizer"),
+        tokenizer(),
         settings,
         schedule,
         path / "text_encoder",

@@ -21,7 +21,7 @@ from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.preprocessing.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
-from clvr_jax.data.preprocessing.text import load_tokenizer
+from clvr_jax.data.preprocessing.text import start_loading_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.files.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.interfaces import Token
@@ -120,9 +120,10 @@ class Qwen3VLPipeline:
         with computing_on(layout):
             check_heads(layout, qwen3_vl_heads(directory))
             dtype = resolve_dtype(dtype, directory)
+            tokenizer = start_loading_tokenizer(directory)
             model = load_model(directory, QWEN3_VL, dtype, quantize=quantize, memory_kind=HOST if offloader else None)
             generation = GenerationConfig.read(directory, model.config.text.vocab_size)
-            pipe = cls(model, load_tokenizer(directory), load_processor(directory), generation, prefix_cache_gib)
+            pipe = cls(model, tokenizer(), load_processor(directory), generation, prefix_cache_gib)
         pipe.layout, pipe.offloader = layout, offloader
         return pipe
 
