@@ -14,10 +14,8 @@ from clvr_jax.cli import main
 from clvr_jax.commands.generation.model_options import ControllerOptions
 from clvr_jax.convert.streaming.conversion import convert
 from clvr_jax.convert.streaming.planning import plan
-from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline
-from clvr_jax.tasks.flux2.models import Flux2Models
 from tests.models.parity import relative_error
 from tests.pipelines.flux2.settings import LENGTH, SETTINGS
 
@@ -155,8 +153,3 @@ def test_the_commands_take_its_directories(kv_folder, ours, tmp_path):
     assert main(["convert", str(kv_folder), "jax", "--to", "jax"]) == 0
     assert main(["sample", PROMPT, "--model", "jax", *options[:-1], "again.png"]) == 0
     assert Image.open("again.png").tobytes() == Image.open("made.png").tobytes()
-
-
-def test_training_refuses_a_model_that_it_would_train_with_other_attention(ours):
-    with pytest.raises(ClvrError, match=r"references of the model are cached \(reference_cache image\)"):
-        Flux2Models.of(ours)
