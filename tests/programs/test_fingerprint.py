@@ -75,7 +75,11 @@ def two_functions():
         (jax.nn.silu, jax.nn.gelu),
         (nnx.Param, nnx.Variable),
     ],
-    ids=str,
+    ids=lambda value: (
+        f"{type(value).__name__} {value}"
+        if isinstance(value, int | float | str | tuple | list | dict)
+        else type(value).__name__
+    ),
 )
 def test_different_values_have_different_digests(one, other):
     assert fingerprint(one) != fingerprint(other)
