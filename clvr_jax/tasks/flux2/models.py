@@ -68,7 +68,9 @@ class Flux2Models:
         reference_cache: see `of`.
         """
         transformer, text_encoder = KLEIN[preset]
-        settings = Flux2Settings(reference_cache=reference_cache or "none")
+        settings = Flux2Settings()
+        if reference_cache:
+            settings = dataclasses.replace(settings, reference_cache=reference_cache)
         return cls(
             settings,
             ModelBundle.abstract(FLUX2_TRANSFORMER, transformer, dtype, quantize),
