@@ -40,6 +40,7 @@ def run(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(), ("--mesh.tensor", "2", "--mesh.fsdp", "2", "--mesh.devices", "4")], ids=str)
 def test_a_command_finds_the_programs_that_were_made_ahead(small_flux2, traced, tmp_path, capsys, mesh):
     photo = tmp_path / "photo.png"
@@ -60,6 +61,7 @@ def test_a_command_finds_the_programs_that_were_made_ahead(small_flux2, traced, 
     sample = ["sample", PROMPT, "--model", str(small_flux2), "--image", str(photo), "--steps", "2", *mesh]
     assert main([*sample, "--out", str(tmp_path / "with.png")]) == 0
     assert not any(traced[name] for name in FUNCTIONS)
+    jax.clear_caches()  # of the other tests in this process
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CLVR_PROGRAMS", "off")
         assert main([*sample, "--out", str(tmp_path / "without.png")]) == 0

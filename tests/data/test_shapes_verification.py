@@ -45,7 +45,6 @@ def texts(messages, role):
     return [message["content"] for message in messages if message["role"] == role]
 
 
-@pytest.mark.slow
 def test_comparisons_share_one_description_and_half_of_them_are_met():
     rng = np.random.default_rng(SEED)
     chats = [comparisons_chat(rng, 5) for _ in range(300)]

@@ -46,6 +46,7 @@ def made_ahead(store, pipe, calls):
     return [each.name for each in reports]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "image", "loop"])
 def test_each_way_to_attend_to_references_finds_its_programs(folder, store, traced, mode):
     pipe = Flux2Pipeline.from_pretrained(str(folder), reference_cache=mode)
@@ -67,6 +68,7 @@ def test_each_way_to_attend_to_references_finds_its_programs(folder, store, trac
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_stable_diffusion_finds_its_programs(folders, store, traced):
     pipe = SDXLPipeline.from_pretrained(str(folders(True, "euler")))
     calls = warm_calls(pipe, [(64, 48)], [0])

@@ -32,6 +32,7 @@ print(process(), sources())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_digests():
     found = []
     for seed in ("1", "2"):  # of `hash`, which orders sets

@@ -41,6 +41,7 @@ def expected_of(mode, transformer, references):
     return first, transformer.reference_cache(references[:, TOKENS:], reference_ids([GRID], 1), earlier=(first,))
 
 
+@pytest.mark.slow
 def test_a_policy_attends_to_references_as_the_model(pipe, data):
     found = {}
     weights, times = nnx.state(pipe.transformer), jnp.array([0.7])

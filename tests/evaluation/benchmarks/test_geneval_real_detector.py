@@ -53,6 +53,7 @@ def photos():
     return {**found, "both": both}
 
 
+@pytest.mark.slow
 def test_photographs_are_scored_by_what_is_in_them(detector, photos, tmp_path):
     entries = [metadata for (_, metadata), _ in CASES.values()]
     for number, ((image, metadata), _) in enumerate(CASES.values()):

@@ -49,7 +49,6 @@ def test_the_repetition_penalty_is_that_of_transformers():
     assert not occurrences(tokens, np.zeros(tokens.shape, bool), VOCABULARY).any()
 
 
-@pytest.mark.slow
 def test_a_row_is_penalized_for_its_own_prompt_and_reply_alone():
     """Greedy: every token that was said falls behind the next one; padding is nobody's word."""
     coin = Coin(np.array([1.0, 2.0, 3.0, 4.0]))

@@ -75,7 +75,6 @@ def test_weights_return_bit_for_bit():
         assert np.array_equal(back[key], tensor.numpy()), key
 
 
-@pytest.mark.slow
 def test_full_size_keys_and_shapes_are_those_of_diffusers():
     with torch.device("meta"):
         reference = diffusers.AutoencoderKLFlux2()

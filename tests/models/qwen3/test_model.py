@@ -227,7 +227,6 @@ def test_parameter_counts_are_those_of_the_published_models(preset, billions):
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_way_back_to_pytorch_gives_the_same_output(tied):
     config = change(SMALL, tie_word_embeddings=tied)

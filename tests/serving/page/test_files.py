@@ -95,7 +95,6 @@ def test_the_server_describes_itself(http, server):
         assert answer.json()["error"]["param"] == name
 
 
-@pytest.mark.slow
 def test_the_archive_is_the_saved_trajectory(http, server, loop_id):
     answer = http.get(f"/v1/loops/{loop_id}/archive")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/zip")
