@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -160,6 +161,7 @@ def test_a_judge_that_is_down_gets_no_further_calls():
     class Down(Judge):
         def score_image(self, image, text):
             self.texts.append(text)
+            time.sleep(0.01)  # as a call takes, in which the calls that wait are canceled
             raise ProviderError("judge (localhost): cannot be reached", "down")
 
     judge = Down()
