@@ -195,7 +195,7 @@ def _read(store: ProgramStore, key: str, own: Signature, devices: list[jax.Devic
     if entry is None:
         return 0, None
     try:
-        content, outputs = pickle.loads(entry)  # noqa: S301 - see the import
+        content, outputs = pickle.loads(entry)  # noqa: S301 - a file that only this user can write, see `store`
     except Exception as error:  # noqa: BLE001 - whatever an old or damaged pickle raises
         store.discard(key, f"cannot be read ({type(error).__name__})")
         return 0, None

@@ -31,7 +31,7 @@ def stored_value(make: Callable[[], Value], *depends_on: object) -> Value:
         return make()
     if (stored := store.read_key(key)) is not None:
         try:
-            value: Value = pickle.loads(stored)  # noqa: S301 - see the import
+            value: Value = pickle.loads(stored)  # noqa: S301 - a file that only this user can write, see `store`
         except Exception as error:  # noqa: BLE001 - whatever an old or damaged pickle raises
             store.discard(key, f"cannot be read ({type(error).__name__})")
         else:

@@ -5,10 +5,14 @@ and to choose the least probability of a clause (`ModelVerifier(clause_threshold
 with the oracle as controller, on own prompts: half of the loops on prompts of the kinds that are trained on, half on
 prompts with held-out pairs, none of them an evaluation prompt.
 
+Then the same objects are given other colors, with all their imperfections. If held-out pairs are doubted less so, it is
+the pair that is doubted, not how its objects are drawn.
+
     python -m clvr_jax.scripts.shapes_reading --model shapes-tiny --images runs/shapes_reading.npz
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +20,7 @@ import numpy as np
 
 from clvr_jax.arguments import run_script
 from clvr_jax.compilation import enable_compilation_cache
+from clvr_jax.data.shapes_distractors import recolor_objects
 from clvr_jax.display.tables import Table
 from clvr_jax.errors import UsageError
 from clvr_jax.files.image_io import read_image_arrays
@@ -26,7 +31,7 @@ from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS, PipelineMod
 from clvr_jax.reasoning.verification.evidence import least_clause_probability
 from clvr_jax.reasoning.verification.verification import description_messages
 from clvr_jax.scripts.shapes_images import images_in_the_loop, training_prompt, write_images
-from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.language.grammar import TIERS, sample_metadata
 from clvr_jax.worlds.shapes.metadata import Metadata, has_held_out_pair
 from clvr_jax.worlds.shapes.prompts import is_reserved
@@ -34,6 +39,9 @@ from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS
 
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FALSE_REJECTS = (0.01, 0.02, 0.03, 0.05)
+_DOUBT = 0.5
+_DRAWS = 4
+"""How often the objects of an image are given other colors: some keep theirs, see `recolor_objects`."""
 
 
 class ReadObject(NamedTuple):
@@ -85,6 +93,17 @@ def main(
         readings = [detect(image) for image in pixels]
         print(f"{name.replace('_', '-')}: {len(pixels)} images\n")
         print("\n".join(summary(_read_all(readings, responses)).markdown()), end="\n\n")
+        rng = np.random.default_rng(seed)
+        drawn = [
+            recolor_objects(image, reading, rng)[0]
+            for image, reading in zip(pixels, readings, strict=True)
+            for _ in range(_DRAWS)
+        ]
+        repeated = [each for each in request for _ in range(_DRAWS)]
+        answers = chat.chat_all([replace(each, images=[image]) for each, image in zip(repeated, drawn, strict=True)])
+        found = [(detect(image), answer) for image, answer in zip(drawn, answers, strict=True)]
+        groups = [found[first : first + _DRAWS] for first in range(0, len(found), _DRAWS)]
+        print(f"{recolored_summary(readings, responses, groups)}\n")
         # A verifier that looks must fail on these: what it says is of another image.
         control = _read_all(readings, [*responses[1:], *responses[:1]])
         rejected = np.array([item.probability == 0 for item in control if item.is_clear])
@@ -118,6 +137,45 @@ def read_objects(reading: Reading, description: ChatResponse) -> list[ReadObject
         clear = [clause for clause in clauses if _is_clear_object_in(clause, cell)]
         found.append(ReadObject(False, False, least_clause_probability(description, clear[0]) if clear else 0.0))
     return found
+
+
+def recolored_summary(
+    readings: Sequence[Reading],
+    descriptions: Sequence[ChatResponse],
+    recolored: Sequence[Sequence[tuple[Reading, ChatResponse]]],
+) -> str:
+    """Says how many of the clear objects are doubted as they are, and in another color.
+
+    Args:
+      readings, descriptions: of the images.
+      recolored: the same of each image in other colors, several times; an object is compared with itself in the first
+        of them that gives it another color, and is left out if none does.
+    """
+    probabilities: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for reading, description, others in zip(readings, descriptions, recolored, strict=True):
+        again = [_by_cell(other, answer) for other, answer in others]
+        for cell, (item, read) in _by_cell(reading, description).items():
+            found = (each[cell] for each in again if cell in each)
+            changed = (
+                one.probability for other, one in found if other.color != item.color and other.shape == item.shape
+            )
+            if (now := next(changed, None)) is not None:
+                probabilities[read.is_held_out].append((read.probability, now))
+    texts = []
+    for is_held_out, name in ((True, "held-out pairs"), (False, "other pairs")):
+        pairs = np.array(probabilities[is_held_out]).reshape(-1, 2)
+        before, after = (pairs < _DOUBT).T
+        if len(pairs):
+            only = f"{np.sum(before & ~after)} only before, {np.sum(after & ~before)} only then"
+            means = " and ".join(f"{mean:.3f}" for mean in pairs.mean(0))
+            texts.append(f"{name} {_share(before)}, then {_share(after)} ({only}; mean probabilities {means})")
+    return f"The same objects in another color, probability below {_DOUBT}: {'; '.join(texts) or 'none'}."
+
+
+def _by_cell(reading: Reading, description: ChatResponse) -> dict[str, tuple[DetectedObject, ReadObject]]:
+    """Returns cell -> its clear object, and how the description reads it."""
+    clear = read_objects(reading, description)[: len(reading.objects)]
+    return {item.cell: (item, read) for item, read in zip(reading.objects, clear, strict=True)}
 
 
 def _is_clear_object_in(clause: str, cell: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import ChatResponse, Token, Usage
-from clvr_jax.scripts.shapes_reading import ReadObject, main, read_objects, summary
+from clvr_jax.scripts.shapes_reading import ReadObject, main, read_objects, recolored_summary, summary
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
 
 READING = Reading(
@@ -45,6 +45,20 @@ def test_the_table_counts_at_every_threshold():
     assert rows["0.600"] == ["0.500 of 2", "0.500 of 4", ""]
     assert rows["0.700"] == ["0.000 of 2", "0.500 of 4", ""]
     assert rows["0.950"] == ["0.000 of 2", "0.750 of 4", ""]
+
+
+def test_objects_in_another_color_are_compared_with_themselves():
+    """The star in the center has another color and is doubted no longer; the other one keeps its color."""
+    recolored = Reading(
+        (DetectedObject("red", "star", "top left", 10, 10, 8), DetectedObject("blue", "star", "center", 32, 32, 8)),
+        ("top", "bottom"),
+    )
+    before = described(("red star top left", 0.2), ("purple star center", 0.3))
+    after = described(("red star top left", 0.9), ("blue star center", 0.8))
+    found = recolored_summary([READING], [before], [[(READING, before), (recolored, after)]])
+    assert "held-out pairs 1.000 of 1, then 0.000 of 1 (1 only before, 0 only then; mean" in found
+    assert "0.300 and 0.800" in found
+    assert "other pairs" not in found
 
 
 def test_no_loops_are_refused(tmp_path):

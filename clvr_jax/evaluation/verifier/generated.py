@@ -19,7 +19,7 @@ from clvr_jax.worlds.shapes.scene import CANVAS
 WRONG = "wrong"
 NEAR_A_LIMIT = ", near a limit"
 _NEAR = 1.0
-"""A hair's breadth of the detector: .02 of a shape's overlap, 10 levels of color, or 5 % of an object's pixels."""
+"""A narrow margin, in units of `Examination.clarity`: .02 of overlap, 10 levels of color, or 5 % of the pixels."""
 
 
 def generated_cases(

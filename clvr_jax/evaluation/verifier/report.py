@@ -59,9 +59,8 @@ def explanation() -> str:
         "False accept: share of wrong images that are accepted. False reject: share of right images that are not "
         "accepted, those without a verdict included. In brackets 95 % intervals (Wilson, the images of one prompt "
         "taken together), then the number of images. Near a limit: the detector would label the image the other way if "
-        "its limits for clear objects were moved by a hair: .02 of a shape's overlap, 10 levels of color or 5 % of an "
-        "object's pixels. Read: share of images whose description says what each cell "
-        "shows, and nothing else."
+        "its limits for clear objects were moved slightly, by .02 of a shape's overlap, 10 levels of color or 5 % of "
+        "an object's pixels. Read: share of images whose description says what each cell shows, and nothing else."
     )
 
 

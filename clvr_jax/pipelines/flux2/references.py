@@ -162,7 +162,8 @@ class ReferencePipeline(JittedPipeline):
     def _kept_caches_or_none(self, pixels: list[list[np.ndarray]], grids: Grids) -> tuple[ReferenceCache, ...] | None:
         """Returns the caches of "loop"; None, and "image" from now on, if they do not fit into memory.
 
-        Before that, the caches of other histories are dropped.
+        Before that, the caches of other histories are dropped. Several processes must do the same, and the memory of
+        one may end alone: there it is an error.
         """
         for _ in range(2):
             try:
@@ -170,7 +171,7 @@ class ReferencePipeline(JittedPipeline):
                 jax.block_until_ready(kept)
                 return kept
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:
                     raise
             self.kept_references.clear()
         self.reference_cache = "image"

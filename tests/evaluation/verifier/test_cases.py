@@ -174,7 +174,7 @@ def test_generated_images_are_labeled_by_the_detector(prompts):
     assert [request.prompt for request in generator.requests] == [prompt.metadata["prompt"] for prompt in prompts]
 
 
-def test_images_that_the_detector_labels_by_a_hair_are_kinds_of_their_own(prompts):
+def test_images_that_are_right_or_wrong_by_a_narrow_margin_are_kinds_of_their_own(prompts):
     """Blur makes an object unclear; just before and just after, the label could as well be the other one."""
     (prompt, image) = prompts[0], prompts[0].canvas.render()
     blurred = [gaussian_filter(image, (sigma, sigma, 0)) for sigma in np.linspace(0, 4, 41)]
