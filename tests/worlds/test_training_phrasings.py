@@ -94,6 +94,34 @@ def test_the_first_mentions_in_the_text_are_in_the_order_of_the_text_builder():
         checked += 1
 
 
+@pytest.mark.parametrize(("relation", "inverse"), [("above", "below"), ("below", "above")])
+def test_a_relation_of_two_known_items_may_have_either_as_subject_and_means_the_same(relation, inverse):
+    phrases = training_words.RELATIONS, training_words.ITS_SIDE
+    words = {
+        name: {word for table in phrases for phrase in table[name] for word in words_of(phrase)}
+        for name in (relation, inverse)
+    }
+    stated, opposite = words[relation] - words[inverse], words[inverse] - words[relation]
+    cross = {"class": "cross", "count": 1, "color": "blue"}
+    triangle = {"class": "triangle", "count": 2, "color": "green", "position": [relation, 0]}
+    rng = np.random.default_rng(SEED)
+    counts = {"figure first": 0, "anchor first": 0}
+    for _ in range(300):
+        builder = TextBuilder([cross, triangle], rng)
+        builder.a(0)
+        builder.a(1)
+        builder.end_clause()
+        text = builder.clause(1, plain=True)
+        found = words_of(text)
+        if re.match(r"(it|(the|that) (blue )?(cross|one)) ", text) or re.search(r"have (the|that) ", text):
+            counts["anchor first"] += 1
+            assert opposite & set(found) and not stated & set(found), found
+        else:
+            counts["figure first"] += 1
+            assert stated & set(found) and not opposite & set(found), found
+    assert 0.3 < counts["anchor first"] / 300 < 0.5  # .4 is sampled; 3.5 standard errors are .1
+
+
 def test_pronouns_can_refer_to_one_object_only():
     rng = np.random.default_rng(SEED)
     include = [{"class": "star", "count": 1, "color": color} for color in ("red", "blue")]

@@ -3,7 +3,8 @@ has mentioned.
 
 A relation belongs to the item that is placed (the figure), whether it is mentioned before or after its anchor (the
 ground). The one exception: if a clause places a known item relative to a new one ("the circle is below a red star"),
-the inverse relation belongs to the new item. A pronoun is used only if it can refer to one item alone.
+or relative to one that was mentioned after it, the inverse relation belongs to the other item. A pronoun is used only
+if it can refer to one item alone.
 """
 
 from __future__ import annotations
@@ -261,11 +262,31 @@ class TextBuilder:
           index: the item.
           plain: return a full sentence that can follow "such that"; the item must have a place or a relation.
         """
-        template = self.brief(words.WHERE_PLAIN if plain else self._templates(index))
+        if self.is_inverse(index):
+            template = self.brief(words.INVERSE_KNOWN)
+        else:
+            template = self.brief(words.WHERE_PLAIN if plain else self._templates(index))
         self._pronouns = ("it", "they") if template[:4] == "{F} " else ("it", "them") if template in _ORDERS else ()
         text = self.fill(template, index)
         self.end_clause()
         return text
+
+    def is_inverse(self, index: int) -> bool:
+        """Samples whether a clause about two known items has the anchor as its subject."""
+        is_relation_only = "position" in self.include[index] and "place" not in self.include[index]
+        return is_relation_only and self.is_known(index) and self.is_known(self.anchor(index)) and self.chance(0.4)
+
+    def inverse(self, index: int) -> str:
+        """Returns the relation of the anchor of an item to the item: "right of the red star"."""
+        return f"{self.brief(words.RELATIONS[words.INVERSE[_relation_name(self, index)]])} {self.the(index)}"
+
+    def anchor_subject(self, index: int) -> str:
+        """Mentions the anchor of an item as the subject of a clause, perhaps as a pronoun."""
+        target = self.anchor(index)
+        if self.is_pronoun_clear(target) and self.chance(0.4):
+            self.mention(target)
+            return "it" if self.is_one(target) else "they"
+        return self.the(target)
 
     def _templates(self, index: int) -> tuple[str, ...]:
         known, target = self.is_known(index), self.anchor(index)
@@ -310,6 +331,9 @@ _SLOTS: dict[str, Callable[[TextBuilder, int], str]] = {
     "F": lambda t, i: t.figure(i),
     "F_it": _agree("it", "them"),
     "G": lambda t, i: t.named(t.anchor(i)),
+    "G_it": lambda t, i: t.anchor_subject(i),
+    "Gmodal": lambda t, i: t.modal(t.anchor(i)),
+    "inverse_side": lambda t, i: t.its(i, words.INVERSE[_relation_name(t, i)]),
     "where": lambda t, i: t.where(i),
     "rel": lambda t, i: t.brief(words.RELATIONS[_relation_name(t, i)]),
     "inv": lambda t, i: t.brief(words.RELATIONS[words.INVERSE[_relation_name(t, i)]]),

@@ -7,8 +7,9 @@ evaluation set "second" has a separate grammar; nothing may be copied between th
 
 The include list of a wide prompt follows from its text by these rules:
  1. Items are in the order of their first mention.
- 2. A relation belongs to the item that the clause places; but if that item is known and its anchor new ("the circle is
-    below a red star"), the inverse relation belongs to the new item.
+ 2. A relation belongs to the item that the clause places; but if that item was mentioned before its anchor ("the circle
+    is below a red star", or "a circle and a star; the circle is below the star"), the inverse relation belongs to the
+    anchor.
  3. An anchor that is mentioned after the item that refers to it moves directly before it, with its own anchor before
     it: "a red star that is above a blue circle" becomes blue circle, then red star above blue circle.
 """

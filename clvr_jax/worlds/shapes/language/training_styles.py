@@ -196,9 +196,9 @@ def _link(t: TextBuilder, index: int) -> str:
 # --- objects first ----------------------------------------------------------------------------------------------------
 
 
-def _object_list(t: TextBuilder, order: Sequence[int]) -> str:
+def _object_list(t: TextBuilder) -> str:
     """Lists the items without places; two consecutive items of one color or shape may share the word for it."""
-    parts, rest = [], list(order)
+    parts, rest = [], list(range(len(t.include)))
     while rest:
         index = rest.pop(0)
         shared = _shared(t, index, rest[0]) if rest and t.chance(0.6) else ""
@@ -234,14 +234,9 @@ def _shared(t: TextBuilder, index: int, other: int) -> str:
     return t.pick(forms)
 
 
-def _order(t: TextBuilder) -> list[int]:
-    every = list(range(len(t.include)))
-    return t.shuffled(every) if t.chance(0.15) else every
-
-
 def objects_first(t: TextBuilder) -> str:
     """Writes the objects first, then their places and relations, in any order."""
-    head = opener(t) + _object_list(t, _order(t)) + t.pick((ending(t), "", ""))
+    head = opener(t) + _object_list(t) + t.pick((ending(t), "", ""))
     placed = [index for index in range(len(t.include)) if t.has_where(index)]
     if t.chance(0.5):
         placed = t.shuffled(placed)
@@ -255,14 +250,15 @@ def objects_first(t: TextBuilder) -> str:
 
 def objects_then_bullets(t: TextBuilder) -> str:
     """Writes a list of objects, then short rules on lines: "- red star: left of the blue circle"."""
-    head = t.pick(words.LIST_HEADS) + _object_list(t, _order(t))
+    head = t.pick(words.LIST_HEADS) + _object_list(t)
     placed = t.shuffled([index for index in range(len(t.include)) if t.has_where(index)])
     mark, bullet = t.pick((": ", " ", " = ", " -> ", " is ")), t.pick(("- ", "* ", "", "> "))
     lines = []
     for index in placed:
-        agreed = " are " if mark == " is " and not t.is_one(index) else mark
-        subject = t.the(index) if t.chance(0.6) else t.bare_the(index)
-        lines.append(f"{bullet}{subject}{agreed}{t.where(index)}")
+        subject = t.anchor(index) if t.is_inverse(index) else index
+        name = t.the(subject) if t.chance(0.6) else t.bare_the(subject)
+        agreed = " are " if mark == " is " and not t.is_one(subject) else mark
+        lines.append(f"{bullet}{name}{agreed}{t.where(index) if subject == index else t.inverse(index)}")
         t.end_clause()
     return f"{head}{t.pick(('.', '', ':', ' where'))}\n" + "\n".join(lines)
 
@@ -366,5 +362,6 @@ def _depth_first(t: TextBuilder) -> list[int]:
 STYLES: tuple[Style, ...] = (
     inline, relative, where_first, telegram, labeled, table, sentences, one_sentence, mixed_joints, steps, questions,
     demands, objects_first, objects_then_bullets, nested, chain, sentences, objects_first,
+    objects_first,
 )  # fmt: skip
 """Functions that write an include list as a prompt; styles that people use often are here twice."""

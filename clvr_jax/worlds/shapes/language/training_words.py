@@ -166,6 +166,11 @@ INVERSE_NEW = (
     "{F}, and {G} {Gis} {inv} {F_it}", "{put} {F} so that {G} {Gis} {inv} {F_it}",
 )  # fmt: skip
 """Statements with a known G as subject about a new F; the relation belongs to the new item."""
+INVERSE_KNOWN = (
+    "{G_it} {Gis} {inv} {F}", "{G_it} {Gis} {inv} {F}", "{G_it} lie{Gs} {inv} {F}", "{G_it} {Gis} placed {inv} {F}",
+    "{G_it} {Gmodal} {inv} {F}", "{F} {has} {G} {inverse_side}",
+)  # fmt: skip
+"""Full sentences with a known G as subject, or at the side of F, about an F that was mentioned after it."""
 NOWHERE_NEW = (
     "there {is} also {F}", "also {F}", "add {F}", "include {F}", "{F} {is} in it too", "{put} {F} anywhere",
     "{F} somewhere", "{F} {is} there as well", "{F} can go anywhere", "do not forget {F}", "{F} wherever there is room",
