@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from clvr_jax.data.batch_plan import Bucket, length_bounds
-from clvr_jax.data.preprocessing.chat_templates import render_chats
+from clvr_jax.data.preprocessing.chat_templates import render_chats, without_control_tokens
 from clvr_jax.data.preprocessing.conversations import (
     IMAGE_PAD,
     collate_conversations,
@@ -292,7 +292,7 @@ class ConversationExamples:
         sides = [processor.resized(height, width) for height, width in map(_size, images)]
         grids = tuple((1, rows // processor.patch_size, columns // processor.patch_size) for rows, columns in sides)
         messages = self._messages(record.trajectory.prompt, replies)
-        (text,) = render_chats(self._tokenizer, [messages])
+        (text,) = render_chats(self._tokenizer, [without_control_tokens(messages)])
         shown = sum(rows * columns // processor.merge_size**2 for _, rows, columns in grids)
         ids, weights = supervised_tokens(self._tokenizer, text, last_only=record.is_verification)
         yield grids, len(ids) - len(images) + shown, int(weights.sum())

@@ -8,6 +8,7 @@ a process or fill the memory. So a template other than our own is rendered by a 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,11 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
 {%- endif -%}"""
 
+_CONTROL_TOKENS = re.compile(
+    r"<(?=\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>)"
+)
+"""The first character of the tokens with which a template writes turns and images."""
+
 RENDER_SECONDS = 10.0
 """Limit on the processor time of a conversation; a long one takes a millisecond."""
 
@@ -61,6 +67,27 @@ def render_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation], **
         raise ClvrError("chat template: must be a text; copy chat_template.jinja or tokenizer_config.json again")
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return _PROCESS.render(template, conversations, {**special_tokens, **options})
+
+
+def without_control_tokens(messages: Conversation) -> list[dict[str, object]]:
+    """Returns messages whose text holds no control token, so that turns and images come from the template alone.
+
+    A control token in a prompt or in an earlier reply would end its turn, or stand for an image that is not there. It
+    is broken by a space: "< |im_end|>". The tokens of the loop, such as "<|image_gen|>", stay.
+    """
+    return [_without_control_tokens(message) for message in messages]
+
+
+def _without_control_tokens(message: Mapping[str, object]) -> dict[str, object]:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": _CONTROL_TOKENS.sub("< ", content)}
+    assert isinstance(content, Sequence)
+    parts = [
+        {**part, "text": _CONTROL_TOKENS.sub("< ", part["text"])} if part["type"] == "text" else part
+        for part in content
+    ]
+    return {**message, "content": parts}
 
 
 def check_chat_template(tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clvr_jax.data.preprocessing.chat_templates import render_chats
+from clvr_jax.data.preprocessing.chat_templates import render_chats, without_control_tokens
 from clvr_jax.data.preprocessing.qwen3_vl_images import ImageLike, Qwen3VLImageProcessor
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def _expanded(
     add_generation_prompt: bool,
 ) -> tuple[str, np.ndarray | None, tuple[tuple[int, int, int], ...]]:
     """Returns the chat as text with one placeholder per visual token, the patches, and their grids."""
-    (text,) = render_chats(tokenizer, [messages], add_generation_prompt=add_generation_prompt)
+    (text,) = render_chats(tokenizer, [without_control_tokens(messages)], add_generation_prompt=add_generation_prompt)
     pieces = text.split(IMAGE_PAD)
     if len(pieces) - 1 != len(images):
         raise UsageError(f"chat: the messages have {len(pieces) - 1} image parts, but {len(images)} images were given")
