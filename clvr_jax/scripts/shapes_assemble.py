@@ -26,7 +26,8 @@ def main(
 ) -> None:
     """Assembles the shipped model: the merged pipeline, the other two transformers and the controller.
 
-    All transformers are stored as float16; `clvr.json` holds the sampler settings of the other two.
+    All transformers are stored as float16; `clvr.json` holds how each of the other two is sampled, and attends to
+    references.
 
     Args:
       out: Write the model to this directory.
@@ -67,7 +68,8 @@ def _sampled(other: tuple[str, Path]) -> tuple[str, dict[str, object]]:
     name, directory = other
     settings = read_json(directory / "clvr.json")["flux2"]
     is_distilled = read_json(directory / "model_index.json")["is_distilled"]
-    return name, {"is_distilled": is_distilled, **{key: settings[key] for key in SAMPLING}}
+    mode = settings.get("reference_cache", "none")  # none is not written
+    return name, {"is_distilled": is_distilled, **{key: settings[key] for key in SAMPLING}, "reference_cache": mode}
 
 
 if __name__ == "__main__":

@@ -314,14 +314,13 @@ def test_assembling_names_what_is_missing(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_assembled_folder_holds_three_transformers_each_sampled_in_its_way(tmp_path):
+def test_an_assembled_folder_holds_three_transformers_each_with_its_settings(tmp_path):
     pipe = Flux2Pipeline.from_pretrained("shapes-tiny-base")
-    ways = {"merged": (True, 4, 1.0), "base": (False, 20, 2.0), "sft": (False, 24, 3.0)}
+    ways = {"merged": (True, 4, 1.0, "loop"), "base": (False, 20, 2.0, "none"), "sft": (False, 24, 3.0, "loop")}
     weights = jax.tree.map(jnp.copy, nnx.state(pipe.transformer))
-    for number, (name, (is_distilled, steps, guidance)) in enumerate(ways.items()):
-        pipe.settings = dataclasses.replace(
-            pipe.settings, is_distilled=is_distilled, num_inference_steps=steps, guidance_scale=guidance
-        )
+    fields = ("is_distilled", "num_inference_steps", "guidance_scale", "reference_cache")
+    for number, (name, values) in enumerate(ways.items()):
+        pipe.settings = dataclasses.replace(pipe.settings, **dict(zip(fields, values, strict=True)))
         nnx.update(pipe.transformer, jax.tree.map(lambda leaf, number=number: (1 + number) * leaf, weights))
         pipe.save_pretrained(str(tmp_path / name))
     (tmp_path / "controller").mkdir()
@@ -333,7 +332,7 @@ def test_an_assembled_folder_holds_three_transformers_each_sampled_in_its_way(tm
         {"merged": "transformer", "base": "transformer_base", "sft": "transformer_sft"}.items()
     ):
         made = Flux2Pipeline.from_pretrained(str(tmp_path / "out"), transformer=folder)
-        found[name] = made.settings.is_distilled, made.settings.num_inference_steps, made.settings.guidance_scale
+        found[name] = tuple(getattr(made.settings, field) for field in fields)
         for leaf, original in zip(*map(jax.tree.leaves, (nnx.state(made.transformer), weights)), strict=True):
             np.testing.assert_allclose(leaf, (1 + number) * original, rtol=1e-3, atol=1e-6)
     assert found == ways
