@@ -31,6 +31,6 @@ ENTRYPOINT ["clvr", "serve", "--host", "0.0.0.0", "--out", "/data"]
 
 FROM base
 ARG JAX_EXTRA=tpu
-RUN pip install --no-cache-dir ".[${JAX_EXTRA},train]"
+RUN pip install --no-cache-dir ".[${JAX_EXTRA},train,gcs]"
 USER clvr
 ENTRYPOINT ["clvr", "launch"]

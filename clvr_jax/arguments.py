@@ -7,13 +7,14 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.buckets.paths import MAY_BE_IN_BUCKET, storage_path
 from clvr_jax.files.file_names import local_path
 
 Parsed = TypeVar("Parsed")
@@ -42,6 +43,27 @@ def _read_paths(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | Non
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
     )
+
+
+def _read_storage_path(texts: list[str]) -> Path:
+    try:
+        return storage_path(texts[0])
+    except ClvrError as error:
+        raise UsageError(str(error)) from error
+
+
+StoragePath = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DIR",
+        instance_from_str=_read_storage_path,
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [str(path)],
+    ),
+    MAY_BE_IN_BUCKET,
+]
+"""Type of an option or a field of a recipe that names a directory on this machine or in a bucket."""
 
 
 def read_arguments(

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains on one slice of Cloud TPU VMs, asked for as a queued resource. From the top of the repository:
 #
-#     BUCKET=my-bucket launch/gcloud_tpu.sh up configs/flux2_sft.py --model /bucket/klein
+#     BUCKET=my-bucket launch/gcloud_tpu.sh up configs/flux2_sft.py --model gs://my-bucket/models/klein
 #
 # asks for the slice, waits for it, installs the commit that is checked out on all workers and starts the run on them.
-# The bucket is the directory /bucket there, and the run is in /bucket/$RUN. After a preemption the same command gets a
+# The run is in gs://$BUCKET/$RUN, which the service account of the VMs must be able to read and write; for files that
+# are read only from directories the bucket is the directory /bucket as well. After a preemption the same command gets a
 # new slice and resumes from the newest checkpoint. `logs` follows worker 0, `stop` saves and ends the run, `down` gives
 # the slice back: without it the slice costs money. PROJECT and ZONE are gcloud's own if not given.
 set -euo pipefail
@@ -73,7 +74,7 @@ mountpoint -q /bucket || {
 command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 mkdir -p ~/clvr && tar -xzf ~/clvr.tar.gz -C ~/clvr && cd ~/clvr
 [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.11 .venv
-~/.local/bin/uv pip install --quiet --python .venv/bin/python ".[tpu,train]"'
+~/.local/bin/uv pip install --quiet --python .venv/bin/python ".[tpu,train,gcs]"'
 
 # As a unit of systemd it outlives this connection, and a shutdown of the VM sends it SIGTERM and waits for it.
 # shellcheck disable=SC2016 # expanded there
@@ -94,7 +95,7 @@ case $action in
     for name in $EXPORTS; do
       handed+=$(printf ' --setenv %q' "$name=${!name}")
     done
-    printf -v command ' %q' .venv/bin/python launch/train.py "$config" --out "/bucket/$RUN" --resume "$@"
+    printf -v command ' %q' .venv/bin/python launch/train.py "$config" --out "gs://$BUCKET/$RUN" --resume "$@"
     on_all "$start$handed \"\$PWD\"/${command# }"
     ;;
   status) echo "$NAME: $(state)" ;;

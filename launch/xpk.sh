@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of GKE through XPK (pip install xpk). From the top of the repository, for each run:
 #
-#     PROJECT=my-project BUCKET=my-bucket launch/xpk.sh train configs/flux2_sft.py --model /bucket/klein
+#     PROJECT=my-project BUCKET=my-bucket launch/xpk.sh train configs/flux2_sft.py --model gs://my-bucket/models/klein
 #
 # after, once, with the same variables: `launch/xpk.sh cluster` (makes it and joins the bucket to it) and
-# `launch/xpk.sh image` (builds and pushes the Dockerfile). Inside a run the bucket is the directory /bucket, and the run
-# is in /bucket/$RUN. `launch/xpk.sh stop` ends it; after that the same command resumes from its newest checkpoint.
+# `launch/xpk.sh image` (builds and pushes the Dockerfile). The run is in gs://$BUCKET/$RUN, which the service account of
+# the nodes must be able to read and write; for files that are read only from directories the bucket is the directory
+# /bucket as well. `launch/xpk.sh stop` ends the run; after that the same command resumes from its newest checkpoint.
 set -euo pipefail
 
 ZONE=${ZONE:-us-east5-b}
@@ -45,7 +46,7 @@ case $action in
     [[ $# -ge 1 ]] || usage
     config=$1
     shift
-    options=(--out "/bucket/$RUN" --resume)
+    options=(--out "gs://$BUCKET/$RUN" --resume)
     if [[ $NUM_SLICES -gt 1 ]]; then # each slice is a copy of the model
       options+=(--train.mesh.data "$NUM_SLICES" --train.mesh.slices "$NUM_SLICES")
     fi

@@ -15,6 +15,7 @@ from clvr_jax.training.distributed import virtual_devices
 
 if TYPE_CHECKING:
     from clvr_jax.providers.endpoint import Endpoint
+    from tests.helpers.bucket_server import BucketServer
     from tests.providers.server import LoopbackServer
 
 pytest_plugins = ["tests.helpers.cpu_time"]
@@ -235,3 +236,26 @@ def endpoint(server: "LoopbackServer") -> Callable[..., "Endpoint"]:
         return Endpoint("tiny", **{**values, **fields})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def bucket_server() -> Iterator["BucketServer"]:
+    """A server on loopback that gs:// leads to, with the bucket `runs`, which is empty at first."""
+    from tests.helpers.bucket_server import BucketServer, forget_clients
+
+    running = BucketServer()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        forget_clients()
+        yield running
+    forget_clients()
+    running.close()
+
+
+@pytest.fixture
+def bucket(bucket_server: "BucketServer") -> Iterator["BucketServer"]:
+    """The same server with an empty bucket and no faults."""
+    bucket_server.empty()
+    yield bucket_server
+    bucket_server.faults.clear()

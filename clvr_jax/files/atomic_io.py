@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.buckets import objects
+from clvr_jax.files.buckets.paths import is_bucket
 from clvr_jax.files.file_names import refuse_url
 from clvr_jax.files.json_input import read_object
 
@@ -47,7 +49,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all, and creates its directory. Raises: ClvrError, one line, if this fails."""
+    """Writes a file or an object in a bucket completely or not at all, and creates its directory.
+
+    Raises: ClvrError, one line, if this fails.
+    """
+    if is_bucket(path):
+        objects.write(path, content)
+        return
     refuse_url(path)
     # A hidden name, because GenEval's scorer reads every file whose name begins with digits as an image.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.buckets import objects
+from clvr_jax.files.buckets.paths import is_bucket
 from clvr_jax.files.file_names import refuse_url
 
 MAX_BYTES = 256 << 20
@@ -204,6 +206,8 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> str:
       advice: what to do if there is no such file, for the message.
     Raises: ClvrError, one line, if it is missing, not a regular file, too large, or not UTF-8.
     """
+    if is_bucket(path):
+        return _read_text_of_object(path, max_bytes, advice)
     try:
         if not path.is_file():  # a pipe would block
             refuse_url(path)
@@ -217,6 +221,20 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or error
         raise ClvrError(f"{str(path)!r:.300}: cannot be read ({reason})") from error
+
+
+def _read_text_of_object(path: Path, max_bytes: int, advice: str) -> str:
+    """Returns the text of an object in a bucket; see `read_text`."""
+    found = objects.stat(path)
+    if found is not None and found.size > max_bytes:
+        raise ClvrError(f"{path}: has {found.size >> 20} MiB; at most {max_bytes >> 20} MiB are read")
+    content = objects.read(path)
+    if content is None:
+        raise ClvrError(f"{path}: no such object{f'; {advice}' if advice else ''}")
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ClvrError(f"{path}: cannot be read: not UTF-8 at byte {error.start}") from error
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> JsonObject:

@@ -5,6 +5,8 @@ file contains the process, for the message to other processes. The file of a dea
 file of another host is stale if its modification time, which a running process renews, is old: a run that was killed
 with its host can be resumed on another host.
 
+A directory in a bucket has a lock of its own kind, `buckets.lock`.
+
 Processes that divide the work on one directory into shares hold one lock per share. They do not wait for each other,
 but no share runs twice, and no process without a share runs at the same time.
 """
@@ -24,6 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.buckets import objects
+from clvr_jax.files.buckets.lock import BucketLock, held
+from clvr_jax.files.buckets.paths import is_bucket
 from clvr_jax.files.json_input import UncheckedJSON
 
 LOCK = ".lock"
@@ -34,6 +39,8 @@ Share = tuple[int, int]
 
 _SHARE = re.compile(rf"{re.escape(LOCK)}(?:-\d{{1,9}}-of-(\d{{1,9}}))?")
 _HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 120.0
+_HELD: dict[str, BucketLock] = {}
+"""The locks in buckets that this process holds, by directory."""
 
 
 @contextmanager
@@ -43,8 +50,13 @@ def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
     Args:
       out: the directory.
       share: see `locked`.
-    Raises: ClvrError if another process holds it, or the directory cannot be written.
+    Raises: ClvrError if another process holds it, or the directory cannot be written; UsageError for a share of the
+      work on a directory in a bucket.
     """
+    if is_bucket(out):
+        with _locked_in_bucket(out, share):
+            yield
+        return
     try:
         existed = out.is_dir()
         out.mkdir(parents=True, exist_ok=True)
@@ -57,6 +69,32 @@ def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
         if not existed:
             with contextlib.suppress(OSError):  # not empty
                 out.rmdir()
+
+
+@contextmanager
+def _locked_in_bucket(out: Path, share: Share) -> Iterator[None]:
+    """Holds the lock of a directory in a bucket, which does not have to be created."""
+    if share[1] != 1:
+        raise UsageError(f"{out}: processes cannot share the work on a directory in a bucket; run one")
+    path = out / LOCK
+    about = {name: value for name, value in _about_this_process().items() if isinstance(value, str)}
+    with held(path, about, lambda holder: _message(path, out, holder, "")) as lock:
+        objects.delete_probes(out)
+        _HELD[str(out)] = lock
+        try:
+            yield
+        finally:
+            del _HELD[str(out)]
+
+
+def check_lock(out: Path) -> None:
+    """Checks that this process still holds the lock of a directory in a bucket, if it has taken it.
+
+    A process that was suspended, or could not reach the bucket, for longer than a lock is valid must not write there.
+    Raises: ClvrError if another process has taken it over.
+    """
+    if (lock := _HELD.get(str(out))) is not None:
+        lock.check()
 
 
 @contextmanager
@@ -236,17 +274,25 @@ def _read(descriptor: int) -> UncheckedJSON:
 
 
 def _write(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(_about_this_process()).encode(), 0)
+
+
+def _about_this_process() -> dict[str, str | int]:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:3]])[:120]
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = {"process": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+    return {"process": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
 
 
-def _message(path: Path, out: Path, holder: UncheckedJSON) -> str:
+def _message(path: Path, out: Path, holder: UncheckedJSON, advice_elsewhere: str | None = None) -> str:
+    """Returns the error for a lock that another process holds.
+
+    advice_elsewhere: what to do if the process is on another host and was killed; None: that of a lock on a disk.
+    """
     who = f"process {holder.get('process', '(unknown)')}"
     who += f" ({holder.get('command', '')}) on {holder.get('host', 'this host')}"
     advice = "wait for it, or choose another --out"
-    if _is_elsewhere(holder):
-        advice += f"; if it was killed, try again in {_STALE_SECONDS:.0f} s or remove {path}"
+    if _is_elsewhere(holder) and advice_elsewhere is None:
+        advice_elsewhere = f"; if it was killed, try again in {_STALE_SECONDS:.0f} s or remove {path}"
+    advice += advice_elsewhere or ""
     return f"{out}: {who} has been writing to it since {holder.get('since', 'a moment ago')}; {advice}"

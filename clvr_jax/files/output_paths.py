@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.buckets import objects
+from clvr_jax.files.buckets.paths import is_bucket
 from clvr_jax.files.file_names import refuse_url
 
 _MODEL_FILES = ("model_index.json", "config.json", "adapter_config.json")
@@ -17,8 +19,12 @@ _MODEL_FILES = ("model_index.json", "config.json", "adapter_config.json")
 def check_directory(directory: Path) -> Path:
     """Checks that files can be written to a directory, which need not exist yet and is not created.
 
-    Raises: ClvrError if it, or the nearest existing parent, is not a directory or cannot be written.
+    Raises: ClvrError if it, or the nearest existing parent, is not a directory or cannot be written; if it is in a
+      bucket, and that does not exist or cannot be written.
     """
+    if is_bucket(directory):
+        objects.check_writable(directory)
+        return directory
     refuse_url(directory)
     existing = directory.absolute()
     try:
@@ -40,7 +46,7 @@ def check_output_directory(directory: Path) -> Path:
     Raises: ClvrError as `check_directory`; UsageError if it holds a model, whose files would be mixed with them.
     """
     check_directory(directory)
-    if found := next((name for name in _MODEL_FILES if (directory / name).exists()), None):
+    if found := next((name for name in _MODEL_FILES if objects.has_entry(directory / name)), None):
         raise UsageError(f"{directory}: holds a model ({found}); choose another --out")
     return directory
 

@@ -36,6 +36,9 @@ from clvr_jax.training.loop import StepMetrics, StopRequestedError, wait_on_cpu
 from clvr_jax.training.prefetch import IteratorState, shard_batch
 from clvr_jax.trees import Batch
 
+PROXY_PROMPTS = "proxies.jsonl"
+"""File of the proxy prompts that are written during training."""
+
 _GRID_MICROBATCHES = 8
 
 
@@ -59,7 +62,7 @@ class EpochRunner:
     Args:
       task, config: of the run.
       layout: of the mesh.
-      out: directory of the run, for grids of samples and for proxy prompts that are written during training.
+      out: directory on this machine, for grids of samples and for proxy prompts that are written during training.
     """
 
     def __init__(self, task: PPRLTask, config: PPRLConfig, layout: MeshLayout, out: Path):
@@ -68,7 +71,7 @@ class EpochRunner:
         self.base = jax.device_put(task.base, layout.parameters(task.base))
         self.frozen = jax.device_put(task.frozen, layout.parameters(task.frozen))
         generator = task.proxy_prompt_generator
-        cache = ProxyPromptCache(generator, out / "proxies.jsonl") if generator else None
+        cache = ProxyPromptCache(generator, out / PROXY_PROMPTS) if generator else None
         self.scorer = Scorer(task.reward, task.steps, config.group_size, cache)
 
     def run(self, state: PPRLState, iteration: int, shutdown: GracefulShutdown) -> tuple[PPRLState, dict[str, float]]:

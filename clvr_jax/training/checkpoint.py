@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import shutil
 import traceback
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.buckets import objects
+from clvr_jax.files.buckets.paths import absolute, is_bucket
 from clvr_jax.files.json_input import JSON
 from clvr_jax.trees import dotted, leaves_by_path, some
 
@@ -36,19 +39,21 @@ class Checkpoints:
     """The checkpoint directory of one run.
 
     Args:
-      directory: created if it does not exist.
+      directory: created if it does not exist; it may be in a bucket, where a checkpoint is complete when it holds the
+        object `commit_success.txt`, which is written last.
       max_to_keep: number of the newest checkpoints that are kept.
     """
 
     def __init__(self, directory: Path, max_to_keep: int = 2):
-        self._directory = directory.absolute()
+        self._directory = absolute(directory)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_from_writing)
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         try:
             self._manager = _manager(self._directory, options)
         except OSError as error:
-            raise ClvrError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
+            reason = error.strerror or " ".join(str(error).split())[:200]
+            raise ClvrError(f"{directory}: cannot hold checkpoints ({reason}); choose another --out") from error
 
     def restore_or(self, state: PyTree, *, resume: bool) -> tuple[PyTree, Mapping[str, JSON]]:
         """Restores the newest checkpoint if there is one and `resume` is set.
@@ -75,7 +80,12 @@ class Checkpoints:
 
     def _remove_torn(self) -> None:
         """Removes checkpoints that a killed run left incomplete; nothing else would ever remove them."""
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        if is_bucket(self._directory):
+            for step in steps_in_bucket(self._directory, is_complete=False):
+                objects.delete_directory(self._directory / str(step))
+        else:
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -87,18 +97,18 @@ class Checkpoints:
         both = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(iterator_state)))
         try:
             self._manager.save(step, args=both)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # clients of buckets have errors of their own
             raise self._failed(error) from error
 
     def wait(self) -> None:
         """Returns when all checkpoints are written. Raises: as `save`."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> ClvrError:
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = _reason(error)
         newest = self._manager.latest_step()
         left = "no checkpoint is there yet" if newest is None else f"the last complete one is step {newest}"
         return ClvrError(
@@ -111,19 +121,33 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        failures = []
+        for end in (self.wait, self._close):
+            try:
+                end()
+            except ClvrError as failure:  # closing raises what `wait` has raised once more
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
+
+    def _close(self) -> None:
         try:
-            self.wait()
-        except ClvrError:
-            if error is None:
-                raise
-        finally:
             self._manager.close()
+        except Exception as error:
+            raise self._failed(error) from error
 
 
 def _is_not_from_writing(record: logging.LogRecord) -> bool:
     """Drops the tracebacks that the threads of Orbax log: `Checkpoints` raises each failure as one line."""
     trace = record.exc_info[2] if record.exc_info else None
     return not any("/orbax/" in Path(frame.filename).as_posix() for frame in traceback.extract_tb(trace))
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of an error, the second after an address, without addresses and responses of servers."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    text = " ".join(lines[:2] if "://" in lines[0] else lines[:1])
+    return " ".join(re.sub(r"https?://\S+|\[(http_response|tensorstore_spec).*", "", text).split())[:200]
 
 
 def refuse_occupied(directory: Path, *, resume: bool) -> None:
@@ -134,9 +158,20 @@ def refuse_occupied(directory: Path, *, resume: bool) -> None:
       resume: whether there may be checkpoints.
     Raises: UsageError if there are checkpoints and `resume` is not set.
     """
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()] if directory.is_dir() else []
+    if is_bucket(directory):
+        steps = steps_in_bucket(directory)
+    else:
+        steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()] if directory.is_dir() else []
     if steps and not resume:
-        raise _occupied(directory.absolute(), max(steps))
+        raise _occupied(absolute(directory), max(steps))
+
+
+def steps_in_bucket(directory: Path, *, is_complete: bool = True) -> list[int]:
+    """Returns the steps of the checkpoints in a directory of a bucket that are complete, or that are not."""
+    found = [name.split("/") for name in objects.names(directory)]
+    steps = {int(parts[0]) for parts in found if parts[0].isdecimal()}
+    complete = {int(parts[0]) for parts in found if parts[0].isdecimal() and parts[1:] == [objects.COMMIT]}
+    return sorted(complete if is_complete else steps - complete)
 
 
 def _occupied(directory: Path, step: int) -> UsageError:
@@ -161,8 +196,11 @@ def _unreadable(checkpoint: Path, owner: str, error: Exception) -> ClvrError:
 
     A damaged file ends in whatever exception the code raises at which Orbax notices it.
     """
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return ClvrError(f"{checkpoint}: not a checkpoint of this {owner}, or damaged ({reason})")
+    reason = _reason(error)
+    problem = "not a checkpoint of this " + owner + ", or damaged"
+    if is_bucket(checkpoint):
+        problem += ", or the bucket cannot be read"
+    return ClvrError(f"{checkpoint}: {problem} ({reason})")
 
 
 def restore_part(directory: Path, part: str, abstract: PyTree) -> tuple[PyTree, int]:
@@ -175,7 +213,7 @@ def restore_part(directory: Path, part: str, abstract: PyTree) -> tuple[PyTree, 
     Returns: the tree, and the step of the checkpoint.
     Raises: ClvrError if there is no checkpoint, or it is of another model.
     """
-    with _manager(directory.absolute(), ocp.CheckpointManagerOptions(create=False)) as manager:
+    with _manager(absolute(directory), ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             raise ClvrError(f"{directory}: holds no checkpoint")

@@ -25,8 +25,11 @@ from jaxtyping import PyTree
 
 from clvr_jax.display.console import Advance, progress
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.buckets.paths import storage_path
+from clvr_jax.files.buckets.run_files import RunFiles, run_files, staged
 from clvr_jax.files.json_input import JSON
-from clvr_jax.processes import broadcast_decision
+from clvr_jax.files.locks import check_lock
+from clvr_jax.processes import broadcast_decision, broadcast_from_host0
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
@@ -106,6 +109,7 @@ def run_loop(
     resume: bool = False,
     stop_after: int | None = None,
     on_begin: Callable[[], None] | None = None,
+    on_export: Callable[[Path, int], None] | None = None,
 ) -> State:
     """Trains; checkpoints, metrics, profiles and the exported model are stored in `out`.
 
@@ -114,14 +118,18 @@ def run_loop(
       create: () -> state of iteration 0 on the devices; a checkpoint is restored with the same shardings.
       make_runner: (iterations that will be run, state of the data iterator or {}) -> context of the runner.
       export: (final state, directory) -> None.
-      out: directory of the run: `checkpoints/`, `metrics.jsonl`, TensorBoard events, `profile/`, `export/`.
+      out: directory of the run, which may be in a bucket: `checkpoints/`, `metrics.jsonl`, TensorBoard events,
+        `profile/`, `export/`.
       resume: continue from the newest checkpoint in `out`; without it an `out` that holds one is an error.
       stop_after: stop (with a checkpoint) once so many iterations are done.
       on_begin: called when nothing refuses the run any more, before its first iteration.
+      on_export: (directory, number of optimizer steps) -> None, called in process 0 after the export, whose directory
+        is a temporary one if `out` is in a bucket.
     Returns: the final state; the saved state of a run that was asked to stop (SIGTERM).
     Raises: KeyboardInterrupt after Ctrl-C, once the state is saved; ClvrError if an iteration cannot be completed or
       too many optimizer steps in a row are not finite.
     """
+    out = storage_path(out)
     # Made here, so that no caller holds this state, whose memory is free once a checkpoint is restored.
     state = create()
     with Checkpoints(out / "checkpoints", config.checkpoint.max_to_keep) as checkpoints:
@@ -131,18 +139,48 @@ def run_loop(
         start, end = int(state.iteration), min(config.iterations, stop_after or config.iterations)
         if start < end:
             with (
-                MetricLog(out, start, config.wandb, config.name, config.logged_config) as log,
+                run_files(out, lambda: check_lock(out)) as files,
+                _metric_log(files, start, config) as log,
                 progress(config.name, config.iterations, start) as advance,
                 graceful_shutdown() as shutdown,
-                _profiler(out / "profile", config.profile) as profile,
+                _profiler(files.directory / "profile", config.profile) as profile,
                 make_runner(range(start, end), iterator_state) as runner,
             ):
-                saver = _Saver(config.checkpoint, checkpoints, start)
+                saver = _Saver(config.checkpoint, checkpoints, start, lambda: _copy(files))
                 loop = _Loop(config, runner, saver, log, advance, profile, out)
                 state = loop.run(state, range(start, end), shutdown)
     if int(state.iteration) == config.iterations:
-        export(state, out / "export")
+        _export(export, state, out, on_export)
     return state
+
+
+def _export(
+    export: Callable[[State, Path], None], state: State, out: Path, on_export: Callable[[Path, int], None] | None
+) -> None:
+    """Exports a state; only process 0 has a directory and calls `on_export`."""
+    if jax.process_index() != 0:
+        export(state, out / "export")
+        return
+    with staged(out / "export") as directory:
+        export(state, directory)
+        if on_export is not None and directory.is_dir():
+            on_export(directory, int(state.step))
+        check_lock(out)
+
+
+def _metric_log(files: RunFiles, start: int, config: LoopConfig) -> MetricLog:
+    if jax.process_index() == 0:
+        files.fetch("metrics.jsonl")
+    return MetricLog(files.directory, start, config.wandb, config.name, config.logged_config)
+
+
+def _copy(files: RunFiles) -> None:
+    """Copies what process 0 has logged to a run's directory in a bucket, before a checkpoint of the same step.
+
+    Raises: ClvrError, on every process, if the bucket cannot be written, or another run writes there.
+    """
+    if files.is_copied:
+        broadcast_from_host0(files.copy)
 
 
 @dataclass
@@ -205,11 +243,11 @@ class _Loop(Generic[State]):
 class _Saver:
     """Saves checkpoints: at most one of each iteration, and not before the interval has passed unless asked to.
 
-    start: iteration that the run begins or resumes at.
+    start: iteration that the run begins or resumes at. before: called before each save.
     """
 
-    def __init__(self, config: CheckpointConfig, checkpoints: Checkpoints, start: int):
-        self.checkpoints, self._seconds = checkpoints, 60 * config.save_interval_minutes
+    def __init__(self, config: CheckpointConfig, checkpoints: Checkpoints, start: int, before: Callable[[], None]):
+        self.checkpoints, self._seconds, self._before = checkpoints, 60 * config.save_interval_minutes, before
         # The state that a run begins with has not been saved yet.
         self._saved, self._saved_at = start if start else -1, time.monotonic()
 
@@ -220,6 +258,7 @@ class _Saver:
     def save(self, state: State, iterator_state: IteratorState) -> None:
         """Saves a state unless it was saved before."""
         if (iteration := int(state.iteration)) != self._saved:
+            self._before()
             self.checkpoints.save(iteration, state, iterator_state)
             self._saved, self._saved_at = iteration, time.monotonic()
 

@@ -9,16 +9,20 @@ the `Task` for such a config. The trainer needs nothing else, so a recipe may be
 import contextlib
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import jax
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.atomic_io import located, write_json
+from clvr_jax.files.buckets.objects import has_entry
+from clvr_jax.files.buckets.paths import is_bucket, storage_path
+from clvr_jax.files.buckets.run_files import run_files
 from clvr_jax.files.json_input import read_object
-from clvr_jax.files.locks import locked_output, new_directory
+from clvr_jax.files.locks import check_lock, locked_output, new_directory
 from clvr_jax.files.output_paths import check_output_directory
 from clvr_jax.files.recipe_files import Configuration, config_from_json, config_to_json, exits_refused, import_recipe
 from clvr_jax.processes import broadcast_from_host0
@@ -115,40 +119,47 @@ class TrainResult(TypedDict):
     steps: int
 
 
-def train(recipe: Recipe, config: RecipeConfig, out: Path, *, resume: bool = False) -> TrainResult:
+def train(recipe: Recipe, config: RecipeConfig, out: str | os.PathLike[str], *, resume: bool = False) -> TrainResult:
     """Runs a recipe.
 
     Args:
       recipe: what to run.
       config: the recipe's config, with overrides.
-      out: directory of the run, see `fit`; checked before anything is built.
+      out: directory of the run, see `fit`; it may be in a bucket, and is checked before anything is built.
       resume: continue from the newest checkpoint in `out`.
     """
-    check_output_directory(out)
+    run = storage_path(out)
+    own = inspect.signature(recipe.fit).parameters
+    if is_bucket(run) and "on_export" not in own:
+        raise UsageError(f"{run}: {recipe.path} has a `fit` of its own without `on_export`; choose a --out on a disk")
+    check_output_directory(run)
 
     def on_begin() -> None:
         if jax.process_index() == 0:
-            write_json(out / RECIPE, {"recipe": str(recipe.path), "config": config_to_json(config)})
+            write_json(run / RECIPE, {"recipe": str(recipe.path), "config": config_to_json(config)})
 
-    with run_lock(out):
-        refuse_occupied(out / "checkpoints", resume=resume)
+    def on_export(directory: Path, steps: int) -> None:
+        from clvr_jax.training.export_card import add_export_cards  # imports all architectures
+
+        add_export_cards(directory, run.name, recipe.name, config, steps)
+
+    with run_lock(run), run_files(run, lambda: check_lock(run)):
+        refuse_occupied(run / "checkpoints", resume=resume)
         with mesh_of(config.train.mesh), exits_refused(recipe.path):
             # Weights that a recipe loads are sharded over the mesh while they are read.
             task = recipe.task(config)
             # The recipe.json of a finished run is not overwritten before this run is known to begin.
-            if "on_begin" in inspect.signature(recipe.fit).parameters:
-                state = recipe.fit(task, config.train, out, resume=resume, on_begin=on_begin)
-            else:
+            calls = {"on_begin": on_begin, "on_export": on_export}
+            if "on_begin" not in own:
                 on_begin()
-                state = recipe.fit(task, config.train, out, resume=resume)
+            known = {name: call for name, call in calls.items() if name in own}
+            state = recipe.fit(task, config.train, run, resume=resume, **known)
     # A run that was asked to stop has exported nothing.
     is_done = int(state.iteration) == config.train.loop(recipe.name).iterations
-    if is_done and jax.process_index() == 0 and (out / "export").is_dir():
-        from clvr_jax.training.export_card import add_export_cards  # imports all architectures
-
-        add_export_cards(out / "export", out.name, recipe.name, config, int(state.step))
-    export = str(out / "export") if is_done else None
-    return {"recipe": recipe.name, "out": str(out), "export": export, "steps": int(state.step)}
+    if is_done and "on_export" not in own and jax.process_index() == 0 and (run / "export").is_dir():
+        on_export(run / "export", int(state.step))
+    export = str(run / "export") if is_done else None
+    return {"recipe": recipe.name, "out": str(run), "export": export, "steps": int(state.step)}
 
 
 @contextlib.contextmanager
@@ -168,24 +179,25 @@ def run_lock(out: Path) -> Iterator[None]:
 
 def is_run(directory: Path) -> bool:
     """Returns whether a directory is that of a run, which need not be finished."""
-    return (directory / RECIPE).exists() and (directory / "checkpoints").is_dir()
+    return has_entry(directory / RECIPE) and (is_bucket(directory) or (directory / "checkpoints").is_dir())
 
 
-def export_run(run: Path, destination: Path, part: str = "ema") -> int:
+def export_run(run: str | os.PathLike[str], destination: Path, part: str = "ema") -> int:
     """Writes the newest checkpoint of a run as its recipe exports it: directories that PyTorch loads.
 
     Args:
-      run: directory of the run; its recipe must still be where it was.
+      run: directory of the run, which may be in a bucket; its recipe must still be where it was.
       destination: the new directory.
       part: "ema", the EMA of the parameters, or "params".
     Returns: the step that was exported.
     Raises: ClvrError if it is no run, holds no checkpoint, the recipe is gone or another one now, or another process
       writes to `destination`; UsageError if `destination` exists.
     """
-    if not is_run(run):
-        raise ClvrError(f"{run}: not the directory of a run, which holds {RECIPE} and checkpoints/")
+    source = storage_path(run)
+    if not is_run(source):
+        raise ClvrError(f"{source}: not the directory of a run, which holds {RECIPE} and checkpoints/")
     with new_directory(destination, "export") as directory:
-        return _export_part(run, directory, part, destination.name)
+        return _export_part(source, directory, part, destination.name)
 
 
 def _export_part(run: Path, directory: Path, part: str, name: str) -> int:

@@ -122,16 +122,19 @@ def fit(
     resume: bool = False,
     stop_after: int | None = None,
     on_begin: Callable[[], None] | None = None,
+    on_export: Callable[[Path, int], None] | None = None,
 ) -> TrainState:
     """Trains a task; checkpoints, metrics and the exported model are stored in `out`.
 
     Args:
       task: what to train.
       config: of the run.
-      out: directory of the run: `checkpoints/`, `metrics.jsonl`, TensorBoard events, `export/`.
+      out: directory of the run, which may be in a bucket: `checkpoints/`, `metrics.jsonl`, TensorBoard events,
+        `export/`.
       resume: continue from the newest checkpoint in `out`; without it an `out` that holds one is an error.
       stop_after: stop (with a checkpoint) once this step is reached; for tests and for sharing a machine.
       on_begin: called when nothing refuses the run any more, before its first step.
+      on_export: (directory, number of steps) -> None, called in process 0 with the exported model.
     Returns: the final state; the saved state of a run that was asked to stop (SIGTERM).
     Raises: KeyboardInterrupt after Ctrl-C, once the state is saved; ClvrError if too many steps in a row were not
       finite; UsageError for a mesh or batch that cannot be sharded.
@@ -146,6 +149,7 @@ def fit(
             resume=resume,
             stop_after=stop_after,
             on_begin=on_begin,
+            on_export=on_export,
         )
 
 

@@ -82,9 +82,9 @@ WITHOUT_LOCK = {
 def test_a_url_is_no_directory_and_none_is_made(name, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text(RECIPE)
     before = content(tmp_path)
-    assert main([*(COMMANDS | WITHOUT_LOCK)[name][:-1], "gs://bucket/out"]) == 2
+    assert main([*(COMMANDS | WITHOUT_LOCK)[name][:-1], "s3://bucket/out"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clvr: ")]
-    assert "gs://bucket/out: a URL" in line
+    assert "s3://bucket/out: a URL" in line
     assert content(tmp_path) == before
 
 

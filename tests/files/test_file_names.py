@@ -108,7 +108,8 @@ def test_readers_and_writers_name_a_url_with_both_slashes(read):
     [
         ["generate", "a red circle", "--out", "gs://bucket/out"],
         ["verify", "a red circle", "gs://bucket/a.png"],
-        ["train", "flux2_sft", "--dataset", "gs://bucket/data"],
+        ["train", "flux2_lora", "--dataset", "gs://bucket/data"],
+        ["train", "shapes_controller", "--out", "s3://bucket/run"],
         ["serve", "--out", "gs://bucket/loops"],
     ],
 )

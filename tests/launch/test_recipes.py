@@ -94,7 +94,7 @@ def test_xpk_hands_on_a_command_that_the_trainer_understands(record):
     assert value_of(call, "--env") == "HF_TOKEN=a b"
     train = trained(value_of(call, "--command"))
     assert isinstance(train, Train)
-    assert (train.out, train.resume) == (Path("/bucket/clvr-run"), True)
+    assert (str(train.out), train.resume) == ("gs://bucket/clvr-run", True)
     mesh = train.config_with_overrides.train.mesh
     assert (mesh.data, mesh.slices, train.config_with_overrides.train.steps) == (2, 2, 7)
 
@@ -130,7 +130,7 @@ def test_a_preempted_slice_is_given_back_and_asked_for_again_and_all_its_workers
     start = shlex.split(value_of(done[-1], "--command"))
     assert "HF_TOKEN=a b" in start
     train = trained(start)
-    assert (train.out, train.resume) == (Path("/bucket/clvr-run"), True)
+    assert (str(train.out), train.resume) == ("gs://bucket/clvr-run", True)
     assert train.config_with_overrides.train.log_every == 3
 
 
@@ -153,7 +153,7 @@ def test_skypilot_says_who_is_who_on_gpu_nodes_and_leaves_it_to_tpus(record, tmp
     assert task["envs"]["BUCKET"] is None  # it must be given
     calls = record("python", *(["nvidia-smi"] if has_gpus else []))
     (tmp_path / ".venv").symlink_to(tmp_path)
-    environment = {**task["envs"], "BUCKET": "b", "CONFIG": RECIPE, "ARGS": "--train.steps 7"}
+    environment = {**task["envs"], "BUCKET": "bucket", "CONFIG": RECIPE, "ARGS": "--train.steps 7"}
     environment |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     subprocess.run(["bash", "-n", "-c", task["setup"]], check=True)
     done = subprocess.run(["bash", "-c", task["run"]], cwd=tmp_path, env={**os.environ, **environment}, text=True)
@@ -162,7 +162,7 @@ def test_skypilot_says_who_is_who_on_gpu_nodes_and_leaves_it_to_tpus(record, tmp
     who = ["--coordinator", "10.0.0.1:8476", "--processes", "2", "--process", "1"]
     assert call[2:8] == who if has_gpus else not WHO & set(call)
     train = trained(call)
-    assert (train.out, train.resume) == (Path("/bucket/clvr-run"), True)
+    assert (str(train.out), train.resume) == ("gs://bucket/clvr-run", True)
     assert train.config_with_overrides.train.steps == 7
 
 

@@ -9,6 +9,8 @@ import tyro
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.buckets.objects import has_entry
+from clvr_jax.files.buckets.paths import is_bucket, storage_path
 from clvr_jax.files.output_paths import check_directory
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class Convert:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Convert this source: a directory in diffusers or transformers layout with safetensors, one that was converted to
     JAX, a single file of FLUX.2, a Hugging Face id (org/name or org/name@revision), or the directory of a training run.
-    """
+    Directories may be in a bucket, such as gs://NAME/PREFIX; a model is copied from there first."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Write to this new directory, which appears only when it is complete."""
     to: Literal["jax", "torch"]
@@ -56,6 +58,8 @@ class Convert:
             from clvr_jax.convert.verify import check_torch
 
             check_torch()  # before the conversion, which takes minutes
+        if is_bucket(self.source) and has_entry(storage_path(self.source) / "recipe.json"):
+            return self._export(storage_path(self.source))
         source = local_directory(self.source, allow_patterns=model_files(self.variant))
         if (source / "checkpoints").is_dir():
             return self._export(source)
@@ -109,7 +113,8 @@ class Convert:
             console.print(f"[yellow]license:[/] {terms.notice}", highlight=False)
         options = [f"--{name} {value}" for name in ("dtype", "variant") if (value := getattr(self, name))]
         command = " ".join(["clvr convert", self.source, str(self.destination), f"--to {self.to}", *options])
-        revision = None if Path(self.source).expanduser().exists() else source.name
+        is_path = is_bucket(self.source) or Path(self.source).expanduser().exists()
+        revision = None if is_path else source.name
         provenance = Provenance(self.source, command, version("clvr-jax"), self.to, revision, self.dtype)
         return model_card(self.destination.name, provenance, conversion.models)
 

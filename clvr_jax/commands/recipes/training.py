@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from clvr_jax.commands.common import Common, Directory, Flags, Result
+from clvr_jax.arguments import StoragePath
+from clvr_jax.commands.common import Common, Flags, Result
 from clvr_jax.commands.recipes.recipe_command import RecipeCommand
 from clvr_jax.display.console import progress
 from clvr_jax.errors import ClvrError, UsageError
@@ -29,8 +30,9 @@ class Train(RecipeCommand):
     OVERRIDE: ClassVar = "--out runs/try"
     RECIPE_OVERRIDES: ClassVar = {"train.steps": "500", "train.epochs": "2"}
 
-    out: Directory = None
-    """Write checkpoints, metrics and the exported weights to this directory; runs/NAME-OF-RECIPE if not given."""
+    out: StoragePath | None = None
+    """Write checkpoints, metrics and the exported weights to this directory, which may be in a bucket, such as
+    gs://NAME/PREFIX; to runs/NAME-OF-RECIPE if not given."""
     resume: bool = False
     """Resume from the newest checkpoint in --out; without it a run starts at step 0."""
     common: Flags = field(default_factory=Common)
