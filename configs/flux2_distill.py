@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from clvr_jax.arguments import StoragePath
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import flux2
@@ -41,8 +42,8 @@ class Config:
     """Configuration of the distillation."""
     model: str = ""
     """Start from this base model: a pipeline directory or a Hugging Face id; it must be given to train."""
-    dataset: Path = Path("data/trajectories")
-    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
+    dataset: StoragePath = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote, also in a bucket."""
     batch_size: int = 64
     """Number of target images in a step, over all devices; each is learned from in all steps of the student."""
     remat: str = "attention"

@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from clvr_jax.arguments import StoragePath
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import flux2
@@ -41,8 +42,8 @@ class Config(flux2.FlowMatchingConfig):
     """Train the model to attend to references like this: as tokens in every step (none), through keys and values that
     are computed once for an image (image), or that are kept for the whole loop (loop). With the last one, all images of
     a trajectory are trained on at once. As the model does if it is not given; it is written into the exported model."""
-    dataset: Path = Path("data/trajectories")
-    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
+    dataset: StoragePath = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote, also in a bucket."""
     size: int = 1024
     """With `clvr plan` only: plan for images with sides of this many pixels."""
     references: int = 4

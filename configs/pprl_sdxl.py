@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from clvr_jax import rl
+from clvr_jax.arguments import StoragePath
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
@@ -38,8 +39,9 @@ class Config(reward_options.ImageRewardOptions):
     """Configuration of the rollout."""
     model: str = ""
     """Start from this model: a pipeline directory or a Hugging Face id; it must be given to train."""
-    dataset: Path = Path("data/trajectories")
-    """Train on this dataset of trajectories with proxy prompts, a directory that `clvr synth` wrote."""
+    dataset: StoragePath = Path("data/trajectories")
+    """Train on this dataset of trajectories with proxy prompts, a directory that `clvr synth` wrote, also in a bucket.
+    """
     dtype: str = "bfloat16"
     """Load the frozen weights in this dtype."""
     remat: str = "dots"

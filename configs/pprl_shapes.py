@@ -20,6 +20,7 @@ import dataclasses
 from pathlib import Path
 
 from clvr_jax import rl
+from clvr_jax.arguments import StoragePath
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
@@ -52,7 +53,7 @@ class Config:
     """Configuration of the rollout."""
     model: str = "shapes-tiny-sft"
     """Start from this model: a shipped name or a pipeline directory; it must not be distilled."""
-    dataset: Path = Path("data/shapes_trajectories")
+    dataset: StoragePath = Path("data/shapes_trajectories")
     """Train on this dataset of trajectories with proxy prompts, a directory that `clvr synth` or `python -m
     clvr_jax.data.shapes_proxies` wrote."""
     mixture: tuple[int, ...] = PAPER_MIXTURE

@@ -15,6 +15,7 @@ the same class, and trace the step of the full sizes.
 import dataclasses
 from pathlib import Path
 
+from clvr_jax.arguments import StoragePath
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import qwen3_vl
@@ -38,8 +39,8 @@ class Config(qwen3_vl.ConversationConfig):
         checkpoint=CheckpointConfig(save_interval_minutes=20),
     )
     """Configuration of the training."""
-    dataset: Path = Path("data/trajectories")
-    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
+    dataset: StoragePath = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote, also in a bucket."""
     verification: bool = True
     """Train on the verification examples of the dataset as well, if it has any."""
 

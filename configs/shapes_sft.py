@@ -31,6 +31,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from clvr_jax.arguments import StoragePath
 from clvr_jax.tasks.shapes import sft_task
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -51,7 +52,7 @@ class Config:
     """Configuration of the training."""
     base: str = "runs/shapes_base/export"
     """Start from this model: a shipped name or a pipeline directory."""
-    dataset: Path | None = None
+    dataset: StoragePath | None = None
     """Train on this dataset of verified trajectories, a directory that `clvr synth` wrote; trajectories are simulated
     if it is not given."""
     rollouts: Path | None = None

@@ -1,6 +1,6 @@
-"""Models on the Hugging Face Hub: `org/name` or `org/name@revision` in place of a directory.
+"""Models elsewhere, in place of a directory: `org/name` or `org/name@revision` on the Hugging Face Hub, or in a bucket.
 
-This module finds out which models these are, and selects their files; `hub_download` downloads them.
+This module finds out which models these are, and selects their files; `hub_download` and `bucket_copies` fetch them.
 """
 
 import re
@@ -9,6 +9,9 @@ from pathlib import Path
 
 from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files import bucket_copies
+from clvr_jax.files.buckets.paths import is_bucket, storage_path
+from clvr_jax.files.file_names import shown_path
 
 _BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.md", "LICENSE*")
 
@@ -41,15 +44,19 @@ def repository_of(source: str) -> str | None:
 
 
 def local_directory(source: str, revision: str | None = None, *, allow_patterns: Sequence[str] = model_files()) -> Path:
-    """Returns the local path of a model, and downloads it if `source` is a Hugging Face id.
+    """Returns the local path of a model, and downloads it if `source` is a Hugging Face id or in a bucket.
 
     Args:
-      source: an existing path, which is returned as it is, or `org/name` or `org/name@revision`.
+      source: an existing path, which is returned as it is, `org/name` or `org/name@revision`, or gs://NAME/PREFIX.
       revision: branch, tag or commit of the repository; None uses that of `source`, else the main branch.
       allow_patterns: patterns of the files to download. Cached files are not downloaded again.
     Raises: UsageError for a revision of a path, or two different revisions; ClvrError, one line with a remedy, if
       `source` is neither path nor id, does not exist, is gated, cannot be reached or does not fit the disk.
     """
+    if is_bucket(shown_path(source)):
+        if revision is not None:
+            raise UsageError(f"{source}: a model in a bucket has no revision {revision!r}; leave it out")
+        return bucket_copies.copied(storage_path(source), tuple(allow_patterns))
     path = Path(source).expanduser()
     found = _ID.fullmatch(source)
     if path.exists():

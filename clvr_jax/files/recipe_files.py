@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.buckets.paths import MAY_BE_IN_BUCKET, storage_path
 from clvr_jax.files.file_names import local_path
 from clvr_jax.files.json_input import JSON, UncheckedJSON, shown
 
@@ -49,7 +50,7 @@ def _from_json(template: object, values: object, declared: object, name: str) ->
     _check_type(template, values, name)
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         assert isinstance(values, Mapping)  # checked
-        hints = get_type_hints(type(template))
+        hints = get_type_hints(type(template), include_extras=True)
         values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
             field.name: _from_json(getattr(template, field.name), values[field.name], hints[field.name], field.name)
@@ -57,9 +58,14 @@ def _from_json(template: object, values: object, declared: object, name: str) ->
             if field.name in values
         }
         return dataclasses.replace(template, **fields)
-    if isinstance(values, str) and (isinstance(template, Path) or Path in get_args(declared)):
-        return local_path(values)
+    if isinstance(values, str) and (isinstance(template, PurePath) or Path in _parts(declared)):
+        return storage_path(values) if MAY_BE_IN_BUCKET in _parts(declared) else local_path(values)
     return tuple(values) if isinstance(template, tuple) and isinstance(values, list) else values
+
+
+def _parts(declared: object) -> list[object]:
+    """Returns the members of a union and what is annotated to them."""
+    return [declared, *(part for each in get_args(declared) for part in _parts(each))]
 
 
 def _check_type(template: object, values: object, name: str) -> None:
@@ -70,7 +76,7 @@ def _check_type(template: object, values: object, name: str) -> None:
         expected, fits = "true or false", isinstance(values, bool)
     elif isinstance(template, int | float):
         expected, fits = "a number", isinstance(values, int | float) and not isinstance(values, bool)
-    elif isinstance(template, str | Path):
+    elif isinstance(template, str | PurePath):
         expected, fits = "a text", isinstance(values, str)
     elif isinstance(template, tuple):
         expected, fits = "a list", isinstance(values, list)

@@ -23,6 +23,7 @@ from clvr_jax.convert.lora.files import FILE_NAME
 from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.errors import UsageError
 from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.file_names import refuse_url
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
 from clvr_jax.trees import Params
@@ -201,4 +202,5 @@ def weighted(loras: Sequence[LoRA]) -> list[tuple[str, float]]:
 
 def lora_path(name: str) -> Path:
     """Returns the file or directory of a LoRA on this machine; a Hugging Face id is downloaded. Raises: ClvrError."""
+    refuse_url(name)
     return local_directory(name, allow_patterns=(FILE_NAME, PEFT_NAME, PEFT_CONFIG))

@@ -12,6 +12,7 @@ from clvr_jax.arguments import check_seed
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.display.console import console, progress
 from clvr_jax.errors import UsageError
+from clvr_jax.files.buckets.paths import is_bucket
 from clvr_jax.files.output_paths import check_directory
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
         own = [pattern.replace("*/", f"{name}/") for pattern in patterns for name in GENERATORS]
         patterns = (*dict.fromkeys(own), *also)
     path = local_directory(source, allow_patterns=patterns)
-    return Origin(source, path, None if Path(source).expanduser().exists() else path.name)
+    is_path = is_bucket(source) or Path(source).expanduser().exists()
+    return Origin(source, path, None if is_path else path.name)
 
 
 def _note_missing_plots() -> None:

@@ -118,7 +118,7 @@ class LoadOptions:
 def parse_lora(word: str) -> tuple[str, float]:
     """Parses FILE or FILE:WEIGHT. Raises: UsageError for an empty name, or a weight that is not a finite number."""
     name, colon, number = word.rpartition(":")
-    if not colon or Path(word).exists():
+    if not colon or Path(word).exists() or number.startswith("//"):  # a URL without a weight
         name, number = word, "1"
     try:
         weight = float(number)

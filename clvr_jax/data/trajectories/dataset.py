@@ -23,6 +23,8 @@ from clvr_jax.data.trajectories.record import (
 from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import atomic_directory
+from clvr_jax.files.bucket_copies import on_disk
+from clvr_jax.files.buckets.paths import storage_path
 from clvr_jax.files.json_input import JSON, JsonObject, read_object, shown
 from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.training_packages import training_package
@@ -175,6 +177,7 @@ class TrajectoryDataset:
     """
 
     def __init__(self, directory: Path, split: str = SPLIT):
+        directory = on_disk(storage_path(directory))
         self.directory, self.split = directory, split
         description = directory / "dataset_info.json"
         if not description.exists():
