@@ -14,8 +14,9 @@ from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.interfaces.thoughts import strip_thoughts
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2.io import flux2_heads
-from clvr_jax.pipelines.flux2.settings import ReferenceMode
+from clvr_jax.pipelines.flux2.settings import ReferenceLatents, ReferenceMode
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.pipelines.loading import (
     QUANTIZED_GENERATOR_PARTS,
@@ -35,13 +36,7 @@ from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory, load_cont
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.processes import broadcast_seconds
 from clvr_jax.reasoning.conversation.actions import SYSTEM_PROMPT
-from clvr_jax.reasoning.conversation.protocols import (
-    Controller,
-    Conversation,
-    GeneratedImage,
-    GenerationRequest,
-    ImageGenerator,
-)
+from clvr_jax.reasoning.conversation.protocols import Controller, Conversation
 from clvr_jax.reasoning.loop import loop
 from clvr_jax.reasoning.loop.budget import Budget, StopWhen
 from clvr_jax.reasoning.loop.events import Event
@@ -139,61 +134,6 @@ class VLMController(Controller):
         return answers
 
 
-class Flux2ImageGenerator(ImageGenerator):
-    """A FLUX.2 pipeline as image generator, conditioned on the complete history.
-
-    Args:
-      pipeline: the pipeline.
-      steps, guidance: of the solver; the model's own if None.
-      size: height and width in pixels; if None, those of the first reference, and the model's own without references.
-      rows_per_call: see `Flux2Pipeline.generate_each`.
-    """
-
-    def __init__(
-        self,
-        pipeline: Flux2Pipeline,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        rows_per_call: int | None = None,
-    ):
-        self._pipeline, self._steps, self._guidance = pipeline, steps, guidance
-        self._rows_per_call = rows_per_call
-        self._height = None if size is None else size[0]
-        self._width = None if size is None else size[1]
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
-        """Returns an image for each request."""
-        return [image for image in self.generate_wanted(requests) if image is not None]
-
-    def generate_wanted(
-        self, requests: Sequence[GenerationRequest], on_step: Callable[[int, int, int], bool] | None = None
-    ) -> list[GeneratedImage | None]:
-        """Returns an image for each request, None for those that are abandoned.
-
-        Args:
-          requests: the histories.
-          on_step: called for each step of each request; it returns whether the image is still wanted, see
-            `Flux2Pipeline.generate_each`. None: all images are.
-        """
-        histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
-        output = self._pipeline.generate_each(
-            [history.text for history in histories],
-            [[as_pil(image) for image in request.images] for request in requests],
-            [request.seed for request in requests],
-            num_inference_steps=self._steps,
-            guidance_scale=self._guidance,
-            height=self._height,
-            width=self._width,
-            rows_per_call=self._rows_per_call,
-            on_step=on_step,
-        )
-        return [
-            None if image is None else GeneratedImage(image, output.nfe, history.left_out)
-            for image, history in zip(output.images, histories, strict=True)
-        ]
-
-
 @dataclasses.dataclass(frozen=True)
 class ClosedLoopOutput:
     """The result of a loop.
@@ -234,6 +174,7 @@ class ClosedLoopPipeline:
         quantize: Quantize = None,
         offload: Offload = None,
         reference_cache: ReferenceMode | None = None,
+        reference_latents: ReferenceLatents | None = None,
         max_reply_tokens: int | None = None,
         prefix_cache_gib: float = 0.0,
     ) -> Self:
@@ -254,7 +195,7 @@ class ClosedLoopPipeline:
             one of transformer, text_encoder and controller, which includes a verifier.
           offload: "components" holds all large models in host memory, and copies each to the devices while it computes;
             None leaves them on the devices.
-          reference_cache: see `Flux2Pipeline.from_pretrained`.
+          reference_cache, reference_latents: see `Flux2Pipeline.from_pretrained`.
           max_reply_tokens: of a Qwen3-VL that is the controller; if None, 384 for one that was trained for the loop,
             and 1024 for others.
           prefix_cache_gib: memory of each device in which each Qwen3-VL keeps the keys and values of earlier
@@ -279,7 +220,8 @@ class ClosedLoopPipeline:
         quantized = formats.pop("controller", None)
         options: dict[str, Any] = {"mesh": layout, "lora": lora, "ignore_text_encoder": ignore_text_encoder}
         offloader = offloader_of(offload)
-        options |= {"quantize": formats, "offload": offloader, "reference_cache": reference_cache}
+        options |= {"quantize": formats, "offload": offloader}
+        options |= {"reference_cache": reference_cache, "reference_latents": reference_latents}
         flux = Flux2Pipeline.from_pretrained(model, dtype, **options)
         chat: dict[str, Any] = {"quantize": quantized, "offload": offloader, "prefix_cache_gib": prefix_cache_gib}
         vlm = load_controller(controller, dtype, layout, **chat) if isinstance(controller, str) else None

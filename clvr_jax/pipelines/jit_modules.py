@@ -5,6 +5,7 @@ small program runs. Here a module is split once, and its graph definition is has
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -62,6 +63,33 @@ def jit_module(
         return function(hashed.graphdef, replicate(state) if replicate_weights else state, *rest, **named)
 
     return StoredFunction(with_graphdef, static_argnums=static_argnums, donate_argnums=donate_argnums)
+
+
+class ModelTracker:
+    """Tells whether models have changed since the call before, by their graph definitions and the identity of weights.
+
+    It keeps no weights in memory.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: list[HashedGraphDef] = []
+        self._layout: MeshLayout | None = None
+        self._weights: list[weakref.ref[jax.Array]] = []
+
+    def are_same(self, models: Sequence[tuple[HashedGraphDef, Params]], layout: MeshLayout | None) -> bool:
+        """Returns whether models, weights and mesh are those of the call before, and remembers them.
+
+        models: graph definition and weights of each model.
+        """
+        graphs, leaves = [graph for graph, _ in models], jax.tree.leaves([weights for _, weights in models])
+        are_same = len(leaves) == len(self._weights) and all(
+            reference() is leaf for reference, leaf in zip(self._weights, leaves, strict=True)
+        )
+        if are_same and graphs == self._graphs and layout == self._layout:
+            return True
+        self._graphs, self._layout = graphs, layout
+        self._weights = [weakref.ref(leaf) for leaf in leaves]
+        return False
 
 
 class JittedPipeline:

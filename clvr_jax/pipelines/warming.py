@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from clvr_jax.compilation import release_programs
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.kept_latents import LatentReference, ReferenceImage, is_scaled
 from clvr_jax.pipelines.flux2.noise import row_keys
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 
@@ -92,7 +94,7 @@ def make_programs(
             height, width = call.size
             pipe.generate(
                 [text],
-                [[Image.new("RGB", (width, height))] * call.references],
+                [[_reference(pipe, height, width)] * call.references],
                 row_keys([0]),
                 num_inference_steps=steps,
                 height=height,
@@ -100,3 +102,12 @@ def make_programs(
                 output_type="np",
             )
         yield call
+
+
+def _reference(pipe: Flux2Pipeline, height: int, width: int) -> ReferenceImage:
+    """Returns a generated image as the references of a loop have it: with its latents, if these are kept."""
+    image, token = Image.new("RGB", (width, height)), pipe.vae.config.token_pixels
+    if pipe.reference_latents == "encoded" or is_scaled(image):
+        return image
+    shape = (height // token * (width // token), pipe.vae.config.token_channels)
+    return LatentReference(image, np.zeros(shape, pipe.latents_dtype))

@@ -20,8 +20,8 @@ from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.files.atomic_io import write_atomically
 from clvr_jax.files.image_io import pixels, read_image_arrays
 from clvr_jax.files.output_paths import check_file
-from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.reasoning.conversation.actions import strip_action
 from clvr_jax.reasoning.loop import loop
 from clvr_jax.reasoning.loop.budget import Budget

@@ -19,8 +19,8 @@ from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.files.output_paths import check_directory
-from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.reasoning.loop import loop
 from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.worlds.shapes.prompts import train_prompt

@@ -14,8 +14,9 @@ from clvr_jax.data.preprocessing.text import bucket_for
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike, as_pil
 from clvr_jax.interfaces import Message
-from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator, VLMController
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, VLMController
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.conversation.protocols import GeneratedImage
 from clvr_jax.reasoning.loop.work import (

@@ -155,6 +155,11 @@ def test_metadata_of_a_checkpoint_is_read_with_its_types(tmp_path, metadata, arr
         ("clvr.json", {"flux2": {"guidance_scale": float("nan")}}, "guidance_scale is nan"),
         ("clvr.json", {"flux2": {"stepps": 3}}, "unknown field 'stepps'"),
         ("clvr.json", {"flux2": {"reference_cache": "images"}}, "reference_cache is 'images'; it must be one of none"),
+        (
+            "clvr.json",
+            {"flux2": {"reference_latents": "keep"}},
+            "reference_latents is 'keep'; it must be one of encoded",
+        ),
         ("model_index.json", {"_class_name": ["Flux2KleinPipeline"]}, "_class_name is a list of 1; it must be a text"),
         ("model_index.json", {"_class_name": "Flux2KleinPipeline", "is_distilled": "no"}, "is_distilled is 'no'"),
     ],

@@ -7,6 +7,7 @@ from PIL import Image
 
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.kept_latents import LatentReference
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.warming import make_programs, warm_calls
 from clvr_jax.programs import ProgramStore, making_programs, program_store
@@ -47,14 +48,21 @@ def made_ahead(store, pipe, calls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "image", "loop"])
-def test_each_way_to_attend_to_references_finds_its_programs(folder, store, traced, mode):
-    pipe = Flux2Pipeline.from_pretrained(str(folder), reference_cache=mode)
+@pytest.mark.parametrize(
+    ("mode", "latents"), [("none", "encoded"), ("image", "kept"), ("loop", "encoded"), ("loop", "kept")]
+)
+def test_each_way_to_attend_to_references_finds_its_programs(folder, store, traced, mode, latents):
+    options = {"reference_cache": mode, "reference_latents": latents}
+    pipe = Flux2Pipeline.from_pretrained(str(folder), **options)
     calls = warm_calls(pipe, [(32, 64)], [2], [40])
     names = made_ahead(store, pipe, calls)
     assert ("cache_references" in names) == (mode != "none")
+    assert ("_encode_tokens" in names) == (latents == "encoded")
     options = {"height": 32, "width": 64, "num_inference_steps": 2, "output_type": "np"}
     photos = [PHOTO, PHOTO.transpose(Image.Transpose.ROTATE_180)]
+    if latents == "kept":
+        random = np.random.default_rng(1).normal(size=(2, 4 * 8, pipe.vae.config.token_channels)).astype(np.float32)
+        photos = [LatentReference(photo, each) for photo, each in zip(photos, random, strict=True)]
 
     def generate():
         pipe.kept_references.clear()

@@ -137,6 +137,12 @@ class SystemOptions:
                 raise UsageError("--mode best-of chooses among several images; give --candidates 2 or more")
         if self.size is not None:
             parse_size(self.size)
+        if self.loading.reference_latents == "kept" and (self.endpoint or self.pictures or self.mode != "closed-loop"):
+            where = "--endpoint" if self.endpoint else "--pictures" if self.pictures else f"--mode {self.mode}"
+            raise UsageError(
+                f"--reference-latents kept is for our own models in --mode closed-loop: with {where} there are no "
+                "latents of references; leave it out"
+            )
         if (self.endpoint or self.pictures) and (self.size is not None or self.loading != LoadOptions()):
             raise UsageError("--size, --dtype, --lora and --mesh are for our own models")
         if self.endpoint and self.pictures:

@@ -90,6 +90,10 @@ class LoadOptions:
     values, which are computed once for an image; loop: each reference attends to those before it, and its keys and
     values are kept for the next images of a loop. If not given, as the model was trained; another choice is an
     approximation."""
+    reference_latents: Literal["encoded", "kept"] | None = None
+    """Give generated images of a loop these latents when they become references, with FLUX.2 models. encoded: those of
+    the encoded image, as for your own images; kept: those that the image was decoded from, without the error of
+    decoding, rounding to 8 bits and encoding. If not given, as the directory of the model says, usually encoded."""
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
     def __post_init__(self) -> None:
@@ -112,6 +116,7 @@ class LoadOptions:
             "quantize": parse_quantize(self.quantize),
             "offload": self.offload,
             "reference_cache": self.reference_cache,
+            "reference_latents": self.reference_latents,
         }
 
 

@@ -61,6 +61,8 @@ class Sample:
         check_prompt_options(self.prompt, self.prompts, self.num_images, self.seed)
         at_least_one("--steps", self.steps)
         check_guidance(self.guidance)
+        if self.loading.reference_latents == "kept":
+            raise UsageError("--reference-latents kept: clvr sample refers to your own images only; leave it out")
         is_png = self.out is None or self.out.suffix.lower() == ".png"
         if not is_png and self.prompts is None and self.num_images == 1:
             raise UsageError(f"--out {self.out}: images are written as PNG; end the name in .png")

@@ -11,8 +11,9 @@ import jax
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.reasoning.conversation.protocols import GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.loop import loop
 

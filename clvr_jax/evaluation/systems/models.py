@@ -35,6 +35,8 @@ Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
 
 _SAMPLE_BYTES = 1 << 20
+_REFERENCES = ("reference_cache", "reference_latents")
+"""The settings of a pipeline that say how images refer to others."""
 
 
 def one_shot(
@@ -237,12 +239,13 @@ def _identity(model: str, *more_parts: str) -> dict[str, str]:
 
 
 def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: "LoadArguments") -> dict[str, JSON]:
-    """Returns the settings that change images and are not the defaults: size, dtype and LoRAs.
+    """Returns the settings that change images and are not the defaults: size, dtype, LoRAs, use of references.
 
     The mesh is not among them: it changes only rounding.
     """
     from clvr_jax.pipelines.loading import lora_path, quantization_of, weighted
 
+    own = pipeline.settings
     dtype = str(pipeline.transformer.x_embedder.kernel.dtype)
     loras: list[JSON] = [
         {"name": name, "weight": weight, "weights": _digest_of_lora(lora_path(name))}
@@ -253,6 +256,7 @@ def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: "L
         **({} if dtype == "float32" else {"dtype": dtype}),
         **({"lora": loras} if loras else {}),
         **({"quantize": quantized} if (quantized := quantization_of(loading.get("quantize"))) else {}),
+        **{name: value for name in _REFERENCES if (value := getattr(pipeline, name)) != getattr(own, name)},
     }
 
 

@@ -62,8 +62,8 @@ def load_generator(model: str) -> ImageGenerator:
 
     Raises: ClvrError.
     """
-    from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 
     return Flux2ImageGenerator(Flux2Pipeline.from_pretrained(model))
 

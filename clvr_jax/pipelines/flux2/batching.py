@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from clvr_jax.errors import UsageError
+from clvr_jax.pipelines.flux2.kept_latents import Reference
 
 
 def split_rows(rows: list[int], rows_per_call: int | None) -> list[list[int]]:
@@ -38,11 +37,11 @@ def _powers_of_two(rows: list[int]) -> list[list[int]]:
     return parts
 
 
-def common_sizes(pixels: list[list[np.ndarray]]) -> list[tuple[int, int]]:
+def common_sizes(references: list[list[Reference]]) -> list[tuple[int, int]]:
     """Returns height and width of each reference of a row. Raises: UsageError if they differ between rows."""
-    sizes = [[image.shape[:2] for image in row] for row in pixels]
+    sizes = [[reference.size for reference in row] for row in references]
     if any(row != sizes[0] for row in sizes):
         raise UsageError(
             "rows of one batch must have references of the same number and sizes; generate the others in another batch"
         )
-    return [(int(h), int(w)) for h, w in sizes[0]]
+    return sizes[0]

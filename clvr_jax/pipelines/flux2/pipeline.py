@@ -28,17 +28,18 @@ from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2 import io as flux2_io
 from clvr_jax.pipelines.flux2.batching import any_row, common_sizes, split_rows
+from clvr_jax.pipelines.flux2.kept_latents import ReferenceImage
 from clvr_jax.pipelines.flux2.noise import batch_keys, make_noise, row_keys
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_text
 from clvr_jax.pipelines.flux2.references import ReferencePipeline
 from clvr_jax.pipelines.flux2.settings import (
-    MAX_REFERENCE_PIXELS,
     AbandonedError,
     Flux2Output,
     Flux2Settings,
+    ReferenceLatents,
     ReferenceMode,
 )
-from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
+from clvr_jax.pipelines.images import check_size, to_pil
 from clvr_jax.pipelines.jit_modules import jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
@@ -69,7 +70,7 @@ class Flux2Pipeline(ReferencePipeline):
         super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
-        self.reference_cache = settings.reference_cache
+        self.reference_cache, self.reference_latents = settings.reference_cache, settings.reference_latents
         self.text_encoder_source = text_encoder_source
         self._encode_text = jit_module(encode_text, static_argnums=(0, 4))
         self._decode = jit_module(_decode_tokens, replicate_weights=True, static_argnums=(0, 3))
@@ -88,6 +89,7 @@ class Flux2Pipeline(ReferencePipeline):
         quantize: Quantize = None,
         offload: Offload = None,
         reference_cache: ReferenceMode | None = None,
+        reference_latents: ReferenceLatents | None = None,
     ) -> Self:
         """Loads a pipeline.
 
@@ -106,6 +108,8 @@ class Flux2Pipeline(ReferencePipeline):
             it computes; None leaves both on the devices.
           reference_cache: how images attend to references, see `ReferenceMode`; the model's own setting if None.
             Another one is an approximation, which is said in one line.
+          reference_latents: which latents the images of a loop have as references, see `ReferenceLatents`; the model's
+            own setting if None.
         Raises: ClvrError that names what is missing or does not match.
         """
         layout, offloader = layout_of(mesh), offloader_of(offload)
@@ -125,12 +129,13 @@ class Flux2Pipeline(ReferencePipeline):
             )
         pipe.layout, pipe.offloader = layout, offloader
         pipe.choose_reference_cache(reference_cache, model)
+        pipe.choose_reference_latents(reference_latents)
         return pipe
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        images: Sequence[Image.Image] = (),
+        images: Sequence[ReferenceImage] = (),
         *,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -144,7 +149,7 @@ class Flux2Pipeline(ReferencePipeline):
 
         Args:
           prompt: a text or several.
-          images: references in order, shared by all prompts.
+          images: references in order, shared by all prompts; each is encoded unless it is a `LatentReference`.
           num_inference_steps, guidance_scale: the model's own if None. A step takes one network evaluation with
             guidance 1 and with distilled models, and two with other guidance.
           height, width: in pixels; those of the first reference, else the model's, if None.
@@ -168,7 +173,7 @@ class Flux2Pipeline(ReferencePipeline):
     def generate(
         self,
         prompts: Sequence[str],
-        references: Sequence[Sequence[Image.Image]],
+        references: Sequence[Sequence[ReferenceImage]],
         noise: jax.Array,
         *,
         num_inference_steps: int | None = None,
@@ -207,8 +212,8 @@ class Flux2Pipeline(ReferencePipeline):
         guidance = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         use_guidance = guidance > 1 and not self.settings.is_distilled
         token = self.vae.config.token_pixels
-        pixels = [[prepare_reference(image, token, MAX_REFERENCE_PIXELS) for image in row] for row in references]
-        sizes = common_sizes(pixels)
+        prepared = [[self._prepared(image) for image in row] for row in references]
+        sizes = common_sizes(prepared)
         height = height or (sizes[0][0] if sizes else self.settings.sample_size)
         width = width or (sizes[0][1] if sizes else self.settings.sample_size)
         check_size(height, width, token)
@@ -224,7 +229,7 @@ class Flux2Pipeline(ReferencePipeline):
         else:
             latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
         conditions = self._text([prompts[i] for i in rows], use_guidance)
-        seen, seen_sizes = self._references([pixels[i] for i in rows], sizes)
+        seen, seen_sizes = self._references([prepared[i] for i in rows], sizes)
         sigmas = np.asarray(self.schedule.sigmas(steps, grid[0] * grid[1]), np.float32)
         model = self._split("transformer")
         fixed = (conditions, seen, sigmas, np.float32(guidance), grid, seen_sizes)
@@ -240,12 +245,17 @@ class Flux2Pipeline(ReferencePipeline):
         decoded = self._decode(*self._split("vae"), final, grid)
         images = np.asarray(process_allgather(decoded), np.float32)[:batch]
         nfe = steps * (2 if use_guidance else 1)
-        return Flux2Output([to_pil(image) for image in images] if output_type == "pil" else images, nfe)
+        if output_type == "np":
+            return Flux2Output(images, nfe)
+        generated = [to_pil(image) for image in images]
+        if self.reference_latents == "kept":
+            self._keep_latents(generated, final)
+        return Flux2Output(generated, nfe)
 
     def generate_each(
         self,
         prompts: Sequence[str],
-        references: Sequence[Sequence[Image.Image]],
+        references: Sequence[Sequence[ReferenceImage]],
         seeds: Sequence[int],
         *,
         num_inference_steps: int | None = None,
@@ -332,7 +342,7 @@ class Flux2Pipeline(ReferencePipeline):
         self,
         lengths: Sequence[int],
         prompts: Sequence[str],
-        references: Sequence[Sequence[Image.Image]],
+        references: Sequence[Sequence[ReferenceImage]],
         noise: jax.Array,
         **options: Any,
     ) -> Flux2Output:

@@ -1,8 +1,9 @@
-"""The references of FLUX.2 pipelines, as latent tokens or as cached keys and values, which a loop keeps."""
+"""The references of FLUX.2 pipelines, as latent tokens or as cached keys and values, which a loop keeps.
 
-import hashlib
+A generated image that becomes a reference is encoded again, or its latents are kept and used in place of that.
+"""
+
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -11,15 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from clvr_jax.display.console import console
 from clvr_jax.errors import UsageError
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer, ReferenceCache
+from clvr_jax.pipelines.flux2.kept_latents import (
+    LatentReference,
+    LatentStore,
+    Reference,
+    ReferenceImage,
+    history_keys,
+    is_scaled,
+)
 from clvr_jax.pipelines.flux2.programs import References, cache_references, encode_images
-from clvr_jax.pipelines.flux2.settings import Flux2Settings, ReferenceMode
-from clvr_jax.pipelines.jit_modules import HashedGraphDef, JittedPipeline, jit_module
+from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, Flux2Settings, ReferenceLatents, ReferenceMode
+from clvr_jax.pipelines.images import check_size, prepare_reference
+from clvr_jax.pipelines.jit_modules import HashedGraphDef, JittedPipeline, ModelTracker, jit_module
 from clvr_jax.programs import StoredFunction
-from clvr_jax.sharding import MeshLayout, active_layout, with_logical_constraint
+from clvr_jax.sharding import MeshLayout, active_layout, process_allgather, with_logical_constraint
 from clvr_jax.trees import Params
 
 KEPT_BYTES = 2 * 2**30
@@ -41,9 +52,7 @@ class ReferenceStore:
         self.max_bytes = max_bytes
         self._lock = threading.Lock()  # calls may run in several threads
         self._caches: OrderedDict[bytes, ReferenceCache] = OrderedDict()
-        self._graphs: list[HashedGraphDef] = []
-        self._layout: MeshLayout | None = None
-        self._weights: list[weakref.ref[jax.Array]] = []
+        self._models = ModelTracker()
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -58,15 +67,9 @@ class ReferenceStore:
 
         models: graph definition and weights of each model that the caches of the next calls depend on.
         """
-        graphs, leaves = [graph for graph, _ in models], jax.tree.leaves([weights for _, weights in models])
         with self._lock:
-            is_same = len(leaves) == len(self._weights) and all(
-                reference() is leaf for reference, leaf in zip(self._weights, leaves, strict=True)
-            )
-            if not is_same or graphs != self._graphs or layout != self._layout:
+            if not self._models.are_same(models, layout):
                 self._caches.clear()
-                self._graphs, self._layout = graphs, layout
-                self._weights = [weakref.ref(leaf) for leaf in leaves]
 
     def get(self, key: bytes) -> ReferenceCache | None:
         """Returns the cache of a history's last image, None if there is none; it is now the most recently used."""
@@ -101,20 +104,24 @@ class ReferencePipeline(JittedPipeline):
     Attributes:
       reference_cache: how images attend to references; the model's own setting, or an approximation of it.
       kept_references: the caches that calls with "loop" keep.
+      reference_latents: which latents generated images have as references, see `ReferenceLatents`.
+      kept_latents: the latents that calls with "kept" keep.
     """
 
     transformer: Flux2Transformer
     vae: AutoencoderKLFlux2
     settings: Flux2Settings
     reference_cache: ReferenceMode
+    reference_latents: ReferenceLatents
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept_references = ReferenceStore()
+        self.kept_references, self.kept_latents = ReferenceStore(), LatentStore()
+        self._printed: set[str] = set()
         self._encode_images = jit_module(_encode_tokens, replicate_weights=True, static_argnums=0)
         self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4))
         self._row_of, self._join_rows = StoredFunction(_row_of), StoredFunction(_join_rows)
-        self._join_tokens = StoredFunction(_join_tokens)
+        self._join_tokens, self._choose_tokens = StoredFunction(_join_tokens), StoredFunction(_choose_tokens)
 
     def choose_reference_cache(self, mode: ReferenceMode | None, model: str) -> None:
         """Chooses how images attend to references; another mode than the model's own is said in one line on stderr.
@@ -135,31 +142,118 @@ class ReferencePipeline(JittedPipeline):
                 soft_wrap=True,
             )
 
-    def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> tuple[References, Grids]:
+    def choose_reference_latents(self, choice: ReferenceLatents | None) -> None:
+        """Chooses which latents generated images have as references; the model's own setting if None.
+
+        Raises: UsageError for another choice.
+        """
+        if choice not in (None, *(choices := get_args(ReferenceLatents))):
+            raise UsageError(f"reference_latents {choice!r}: choose one of {', '.join(choices)}")
+        self.reference_latents = choice or self.settings.reference_latents
+
+    def with_latents(self, images: Sequence[Image.Image], num_given: int = 0) -> list[ReferenceImage]:
+        """Returns the references of a history, which have their latents if these are kept.
+
+        One line on stderr, once, says that an image has none: it was read from a file, it was generated before other
+        weights were loaded, or it is scaled down as a reference.
+
+        Args:
+          images: the images in order.
+          num_given: how many of them, the first ones, are the user's own. They never have latents, so that results do
+            not depend on what was generated before.
+        """
+        if self.reference_latents == "encoded":
+            return list(images)
+        self.kept_latents.claim(self._held("vae"))
+        references: list[ReferenceImage] = list(images[:num_given])
+        for image in images[num_given:]:
+            latents_tc = self.kept_latents.get(image)
+            if latents_tc is None:
+                reason = "is scaled down" if is_scaled(image) else "was not generated by the models in memory"
+                self._print_once(f"reference_latents kept: an earlier image {reason}, so that it is encoded")
+            references.append(image if latents_tc is None else LatentReference(image, latents_tc))
+        return references
+
+    @property
+    def latents_dtype(self) -> np.dtype:
+        """The dtype of the latents of encoded images, and of those that are kept."""
+        return np.dtype(self.vae.encoder.conv_in.dtype)
+
+    def _keep_latents(self, images: Sequence[Image.Image], latents_btc: jax.Array) -> None:
+        """Keeps the latents of images, unless they are scaled down as references.
+
+        latents_btc: of these images, and of rows that fill up the batch.
+        """
+        self.kept_latents.claim(self._held("vae"))
+        latents = np.asarray(process_allgather(latents_btc)).astype(self.latents_dtype)
+        for image, latents_tc in zip(images, latents, strict=False):
+            if not is_scaled(image):
+                self.kept_latents.put(image, latents_tc.copy())  # a view would keep the latents of the whole batch
+
+    def _print_once(self, line: str) -> None:
+        if line not in self._printed:
+            self._printed.add(line)
+            console.print(line, highlight=False, soft_wrap=True)
+
+    def _prepared(self, image: ReferenceImage) -> Reference:
+        """Returns a reference as the models take it. Raises: UsageError for latents of another size than the image."""
+        token = self.vae.config.token_pixels
+        if not isinstance(image, LatentReference):
+            pixels = prepare_reference(image, token, MAX_REFERENCE_PIXELS)
+            return Reference(pixels.shape[:2], pixels)
+        width, height = image.size
+        check_size(height, width, token)
+        expected = (height // token * (width // token), self.vae.config.token_channels)
+        if image.latents_tc.shape != expected:
+            raise UsageError(
+                f"latents of a reference of {height} x {width} pixels have shape {image.latents_tc.shape}; expected "
+                f"{expected} (tokens, channels)"
+            )
+        return Reference((height, width), image.latents_tc, has_latents=True)
+
+    def _references(self, references: list[list[Reference]], sizes: list[tuple[int, int]]) -> tuple[References, Grids]:
         """Returns what images attend to of their references, and the sizes in tokens of those that enter as tokens.
 
         Args:
-          pixels: the references of each row, float32 (h, w, 3) in [-1, 1].
+          references: those of each row.
           sizes: height and width of each reference in pixels, the same in all rows.
         """
         token = self.vae.config.token_pixels
         grids = tuple((height // token, width // token) for height, width in sizes)
-        if grids and self.reference_cache == "loop" and (kept := self._kept_caches_or_none(pixels, grids)) is not None:
-            return kept, ()
-        encoded = [self._tokens([row[number] for row in pixels]) for number in range(len(grids))]
+        if grids and self.reference_cache == "loop":
+            kept = self._kept_caches_or_none(references, grids)
+            if kept is not None:
+                return kept, ()
+        encoded = [self._tokens([row[number] for row in references]) for number in range(len(grids))]
         if not encoded:
-            empty: Any = np.zeros((len(pixels), 0, self.transformer.config.in_channels), np.float32)
+            empty: Any = np.zeros((len(references), 0, self.transformer.config.in_channels), np.float32)
             return empty, grids
         tokens = encoded[0] if len(encoded) == 1 else self._join_tokens(encoded)
         if self.reference_cache == "none":
             return tokens, grids
         return (self._cache_references(*self._split("transformer"), tokens, grids),), ()
 
-    def _tokens(self, images: Sequence[np.ndarray]) -> jax.Array:
-        """Returns the latent tokens of one image of each row, (b, tokens, channels)."""
-        return self._encode_images(*self._split("vae"), np.stack(images))
+    def _tokens(self, references: Sequence[Reference]) -> jax.Array:
+        """Returns the latent tokens of one reference of each row, (b, tokens, channels)."""
+        kept = np.array([reference.has_latents for reference in references])
+        if kept.all():
+            of_all: Any = np.stack([reference.content for reference in references])
+            tokens: jax.Array = of_all  # an array of NumPy, which programs take as well
+            return tokens
+        (height, width), *_ = (reference.size for reference in references)
+        blank = np.zeros((height, width, 3), np.float32)
+        pixels = np.stack([blank if reference.has_latents else reference.content for reference in references])
+        encoded: jax.Array = self._encode_images(*self._split("vae"), pixels)
+        if not kept.any():
+            return encoded
+        none = np.zeros_like(next(reference.content for reference in references if reference.has_latents))
+        latents = np.stack([reference.content if reference.has_latents else none for reference in references])
+        chosen: jax.Array = self._choose_tokens(kept, latents, encoded)
+        return chosen
 
-    def _kept_caches_or_none(self, pixels: list[list[np.ndarray]], grids: Grids) -> tuple[ReferenceCache, ...] | None:
+    def _kept_caches_or_none(
+        self, references: list[list[Reference]], grids: Grids
+    ) -> tuple[ReferenceCache, ...] | None:
         """Returns the caches of "loop"; None, and "image" from now on, if they do not fit into memory.
 
         Before that, the caches of other histories are dropped. Several processes must do the same, and the memory of
@@ -167,7 +261,7 @@ class ReferencePipeline(JittedPipeline):
         """
         for _ in range(2):
             try:
-                kept = self._kept_caches(pixels, grids)
+                kept = self._kept_caches(references, grids)
                 jax.block_until_ready(kept)
                 return kept
             except jax.errors.JaxRuntimeError as error:
@@ -183,10 +277,10 @@ class ReferencePipeline(JittedPipeline):
         )
         return None
 
-    def _kept_caches(self, pixels: list[list[np.ndarray]], grids: Grids) -> tuple[ReferenceCache, ...]:
+    def _kept_caches(self, references: list[list[Reference]], grids: Grids) -> tuple[ReferenceCache, ...]:
         """Returns the cache of each reference, which attends to those before it; computes those that are not kept."""
         self.kept_references.claim([self._held("vae"), self._held("transformer")], active_layout())
-        keys = [history_keys(row) for row in pixels]
+        keys = [history_keys(row) for row in references]
         caches: list[ReferenceCache] = []
         for number, grid in enumerate(grids):
             found = [self.kept_references.get(row[number]) for row in keys]
@@ -195,7 +289,7 @@ class ReferencePipeline(JittedPipeline):
                 caches.append(kept[0] if len(kept) == 1 else self._join_rows(kept))
                 continue
             # For all rows, also those that are kept: the number of rows is that of the call, as in its other programs.
-            tokens = self._tokens([row[number] for row in pixels])
+            tokens = self._tokens([row[number] for row in references])
             made = self._cache_references(*self._split("transformer"), tokens, (grid,), number, tuple(caches))
             caches.append(made)
             for row, cache in enumerate(found):
@@ -203,17 +297,6 @@ class ReferencePipeline(JittedPipeline):
                     self.kept_references.put(keys[row][number], made if len(found) == 1 else self._row_of(made, row))
         self.kept_references.trim(key for row in keys for key in row)
         return tuple(caches)
-
-
-def history_keys(images: Sequence[np.ndarray]) -> list[bytes]:
-    """Returns a digest for each image of a history, of its pixels and shape and of all images before it."""
-    keys: list[bytes] = []
-    for image in images:
-        digest = hashlib.blake2b(b"".join(keys[-1:]), digest_size=32)
-        digest.update(repr((image.shape, image.dtype.str)).encode())
-        digest.update(np.ascontiguousarray(image).data)
-        keys.append(digest.digest())
-    return keys
 
 
 def _encode_tokens(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, images_bhwc: jax.Array) -> jax.Array:
@@ -225,6 +308,11 @@ def _encode_tokens(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, im
 def _join_tokens(tokens: Sequence[jax.Array]) -> jax.Array:
     """Returns the latent tokens of all references of each row."""
     return jnp.concatenate(tokens, axis=1)
+
+
+def _choose_tokens(is_kept_b: np.ndarray, kept_btc: np.ndarray, encoded_btc: jax.Array) -> jax.Array:
+    """Returns the kept tokens of the rows that have some, and the encoded ones of the others."""
+    return jnp.where(is_kept_b[:, None, None], kept_btc, encoded_btc)
 
 
 def _sharded(array: jax.Array) -> jax.Array:

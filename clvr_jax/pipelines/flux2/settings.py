@@ -26,6 +26,14 @@ to references 1 to k, so that its keys and values also hold for the later images
 """
 
 
+ReferenceLatents = Literal["encoded", "kept"]
+"""Which latents a generated image has when it becomes a reference of a later image in a loop.
+
+"encoded": those of the image, which was decoded and rounded to 8 bits, as with any other image. "kept": those that it
+was decoded from, without that error.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Flux2Settings:
     """Settings of a pipeline in `clvr.json` and `model_index.json`; the defaults are those of FLUX.2 klein.
@@ -34,7 +42,8 @@ class Flux2Settings:
     are padded to (padding is attended to, so these belong to the model); a history that is longer than all of them
     loses its oldest replies. sample_size: height and width in pixels if none are given. is_distilled: guidance is never
     used. num_inference_steps, guidance_scale: the model's defaults. reference_cache: how the model was trained to
-    attend to references, see `ReferenceMode`. world: the only world whose language a small model knows, "" for others.
+    attend to references, see `ReferenceMode`. reference_latents: which latents generated images have as references, see
+    `ReferenceLatents`. world: the only world whose language a small model knows, "" for others.
     """
 
     text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
@@ -44,6 +53,7 @@ class Flux2Settings:
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
     reference_cache: ReferenceMode = "none"
+    reference_latents: ReferenceLatents = "encoded"
     world: str = ""
 
     def __post_init__(self) -> None:

@@ -14,8 +14,9 @@ from clvr_jax.convert.models import save_model
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2 import Flux2Transformer
-from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline
+from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.reasoning import GenerationRequest
 from tests.helpers.models import random_module
 from tests.pipelines.flux2.settings import LENGTH, SETTINGS
@@ -162,7 +163,7 @@ def test_what_a_history_lost_is_told(shared):
     read = []
 
     class Generator:
-        fit_history = shared.fit_history
+        fit_history, with_latents = shared.fit_history, shared.with_latents
 
         def generate_each(self, texts, references, seeds, **options):
             read.extend(texts)

@@ -14,7 +14,8 @@ from clvr_jax.errors import UsageError
 from clvr_jax.models.flux2 import Flux2Transformer
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2.references import ReferenceStore, history_keys
+from clvr_jax.pipelines.flux2.kept_latents import Reference, history_keys
+from clvr_jax.pipelines.flux2.references import ReferenceStore
 from clvr_jax.pipelines.images import to_pil
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.reasoning.loop.budget import Budget
@@ -221,7 +222,7 @@ def test_another_resolution_is_another_reference(pipe, computed):
     assert computed.count == 2
     np.testing.assert_array_equal(pipe(PROMPT, [part], guidance_scale=1.0, output_type="np", **OPTIONS).images, first)
     assert computed.count == 2
-    pixels = [np.zeros((2, 3, 3), np.float32), np.zeros((3, 2, 3), np.float32)]
+    pixels = [Reference(size, np.zeros((*size, 3), np.float32)) for size in ((2, 3), (3, 2))]
     keys = {key for image in pixels for key in history_keys([image])} | set(history_keys(pixels))
     assert len(keys) == 3
 
@@ -235,7 +236,8 @@ def test_the_least_recently_used_caches_are_dropped(pipe):
     pipe.kept_references.max_bytes, before = 2 * one, pipe.kept_references.max_bytes
     try:
         pipe(PROMPT, [photo(1)], guidance_scale=1.0, **OPTIONS)
-        kept = [history_keys([np.asarray(photo(seed), np.float32) / 255 * 2 - 1])[0] for seed in (3, 1)]
+        pixels = [np.asarray(photo(seed), np.float32) / 255 * 2 - 1 for seed in (3, 1)]
+        kept = [history_keys([Reference(image.shape[:2], image)])[0] for image in pixels]
         assert list(pipe.kept_references._caches) == kept
         pipe(PROMPT, [photo(seed) for seed in range(5, 8)], guidance_scale=1.0, **OPTIONS)
         assert len(pipe.kept_references) == 3  # those of the last call always stay
