@@ -1,6 +1,9 @@
-"""Accuracy and memory of int8 weights, for the models of shapes-tiny: greedy replies, images, and bytes of the weights.
+"""Accuracy and memory of int8, for the models of shapes-tiny: greedy replies, images, caches, and bytes of the weights.
 
-python benchmarks/int8_accuracy.py
+python benchmarks/int8_accuracy.py [--part caches]
+
+`caches` compares images whose cached references are int8 with those of unquantized caches and, to tell what is much,
+those of a computation in bfloat16 with the same ones.
 
 Targets: at least .95 of the replies are identical, images differ by at most 2 of 255 on average, and the weights need
 at most .55 of their memory in bfloat16. The script exits with 1 if a target is missed. A reply is identical if its text
@@ -11,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +42,15 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=200)
     parser.add_argument("--images", type=int, default=32, help="half of them generated, half of them edited")
     parser.add_argument("--dtype", default="float32", help="of the computation, and of the weights that are not int8")
+    parser.add_argument("--part", choices=("all", "memory", "replies", "images", "caches"), default="all")
     options = parser.parse_args()
-    met = [
-        memory(),
-        replies(options.conversations, options.dtype),
-        images(options.images, options.dtype),
-    ]
-    sys.exit(0 if all(met) else 1)
+    parts = {
+        "memory": memory,
+        "replies": lambda: replies(options.conversations, options.dtype),
+        "images": lambda: images(options.images, options.dtype),
+        "caches": lambda: caches(options.images),
+    }
+    sys.exit(0 if all([part() for name, part in parts.items() if options.part in ("all", name)]) else 1)
 
 
 def memory() -> bool:
@@ -120,9 +126,37 @@ def images(count: int, dtype: str) -> bool:
     return bool(np.mean(differences) <= MAX_DIFFERENCE)
 
 
-def generated(examples: Sequence[Example], dtype: str, quantize: Quantization | None) -> list[np.ndarray]:
+def caches(count: int) -> bool:
+    """Compares images whose references are cached in int8 with those of caches in float32, for both ways to cache."""
+    began, met = time.perf_counter(), True
+    rng = np.random.default_rng(8)
+    examples: list[Example] = []
+    while len(examples) < count:
+        trajectory = simulate_trajectory(rng)
+        examples += [trajectory.example(2)] if len(trajectory.canvases) > 2 else []
+    for mode in ("image", "loop"):
+        options = {"reference_cache": mode}
+        plain = generated(examples, "float32", None, **options)
+        rounded = generated(examples, "bfloat16", None, **options)
+        quantized = generated(examples, "float32", None, **options, reference_cache_dtype="int8")
+        means = [
+            np.mean([np.abs(one - other).mean() for one, other in zip(plain, found, strict=True)])
+            for found in (quantized, rounded)
+        ]
+        print(
+            f"caches, {mode}: {means[0]:.3f} of 255 on average over {count} (at most {MAX_DIFFERENCE:.0f}), "
+            f"{means[1]:.3f} for a computation in bfloat16; {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        met &= bool(means[0] <= MAX_DIFFERENCE)
+    return met
+
+
+def generated(
+    examples: Sequence[Example], dtype: str, quantize: Quantization | None, **options: Any
+) -> list[np.ndarray]:
     """Returns one image for each example, float32 from 0 to 255; the seed is the index of the example."""
-    output = Flux2Pipeline.from_pretrained(MODEL, dtype, quantize=quantize).generate_each(
+    output = Flux2Pipeline.from_pretrained(MODEL, dtype, quantize=quantize, **options).generate_each(
         [example.text for example in examples],
         [[as_pil(image) for image in example.references] for example in examples],
         list(range(len(examples))),

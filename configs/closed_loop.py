@@ -39,6 +39,8 @@ class Config:
     reference_cache: Literal["none", "image", "loop"] = "none"
     """Plan for this way to attend to earlier images: as tokens of every step, by keys and values that are computed once
     for each image, or by those that are kept during the loop."""
+    reference_cache_dtype: Literal["int8"] | None = None
+    """Plan for cached keys and values of references as 8-bit integers; in the dtype if not given."""
     batch_size: int = 1
     """Number of loops that run together, over all devices."""
     prompt_tokens: int = 192
@@ -70,6 +72,7 @@ def program(config: Config) -> list[Program]:
             reply_tokens=config.reply_tokens,
             verification_tokens=config.verification_tokens,
             reference_cache=config.reference_cache,
+            reference_cache_dtype=config.reference_cache_dtype,
         ),
         config.stages,
     )

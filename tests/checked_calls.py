@@ -80,7 +80,10 @@ if __name__ == "__main__":
             axes_dims_rope=(4, 4, 4, 4),
         )
         model = quantize_layers(Flux2Transformer(config, rngs=ShapeRngs(), **DTYPES))
-        return model(zeros(B, 16, 128), zeros(B, 7, 24), zeros(B), latent_ids(4, 4)[None], text_ids(7), zeros(B))
+        references = zeros(B, 6, 128), reference_ids([(2, 3)]), zeros(B)
+        cached = [model.reference_cache(*references, quantize=each) for each in (False, True)]
+        inputs = zeros(B, 16, 128), zeros(B, 7, 24), zeros(B), latent_ids(4, 4)[None], text_ids(7), zeros(B)
+        return model(*inputs), model(*inputs, cached=cached)
 
     def qwen3() -> Any:
         model = Qwen3(Qwen3Config.qwen3_4b(), rngs=ShapeRngs(), **DTYPES)

@@ -13,6 +13,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.interfaces.thoughts import strip_thoughts
+from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.image_generator import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2.io import flux2_heads
@@ -174,6 +175,7 @@ class ClosedLoopPipeline:
         quantize: Quantize = None,
         offload: Offload = None,
         reference_cache: ReferenceMode | None = None,
+        reference_cache_dtype: Quantization | None = None,
         reference_latents: ReferenceLatents | None = None,
         max_reply_tokens: int | None = None,
         prefix_cache_gib: float = 0.0,
@@ -195,7 +197,7 @@ class ClosedLoopPipeline:
             one of transformer, text_encoder and controller, which includes a verifier.
           offload: "components" holds all large models in host memory, and copies each to the devices while it computes;
             None leaves them on the devices.
-          reference_cache, reference_latents: see `Flux2Pipeline.from_pretrained`.
+          reference_cache, reference_cache_dtype, reference_latents: see `Flux2Pipeline.from_pretrained`.
           max_reply_tokens: of a Qwen3-VL that is the controller; if None, 384 for one that was trained for the loop,
             and 1024 for others.
           prefix_cache_gib: memory of each device in which each Qwen3-VL keeps the keys and values of earlier
@@ -220,8 +222,8 @@ class ClosedLoopPipeline:
         quantized = formats.pop("controller", None)
         options: dict[str, Any] = {"mesh": layout, "lora": lora, "ignore_text_encoder": ignore_text_encoder}
         offloader = offloader_of(offload)
-        options |= {"quantize": formats, "offload": offloader}
-        options |= {"reference_cache": reference_cache, "reference_latents": reference_latents}
+        options |= {"quantize": formats, "offload": offloader, "reference_cache": reference_cache}
+        options |= {"reference_cache_dtype": reference_cache_dtype, "reference_latents": reference_latents}
         flux = Flux2Pipeline.from_pretrained(model, dtype, **options)
         chat: dict[str, Any] = {"quantize": quantized, "offload": offloader, "prefix_cache_gib": prefix_cache_gib}
         vlm = load_controller(controller, dtype, layout, **chat) if isinstance(controller, str) else None

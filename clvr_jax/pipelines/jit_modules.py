@@ -66,28 +66,28 @@ def jit_module(
 
 
 class ModelTracker:
-    """Tells whether models have changed since the call before, by their graph definitions and the identity of weights.
+    """Tells whether models have changed since the call before, by graph definitions and the identity of their weights.
 
     It keeps no weights in memory.
     """
 
     def __init__(self) -> None:
         self._graphs: list[HashedGraphDef] = []
-        self._layout: MeshLayout | None = None
+        self._context: object = None
         self._weights: list[weakref.ref[jax.Array]] = []
 
-    def are_same(self, models: Sequence[tuple[HashedGraphDef, Params]], layout: MeshLayout | None) -> bool:
-        """Returns whether models, weights and mesh are those of the call before, and remembers them.
+    def are_same(self, models: Sequence[tuple[HashedGraphDef, Params]], context: object = None) -> bool:
+        """Returns whether models, weights and context are those of the call before, and remembers them.
 
-        models: graph definition and weights of each model.
+        models: graph definition and weights of each model. context: what else must be equal, such as the mesh.
         """
         graphs, leaves = [graph for graph, _ in models], jax.tree.leaves([weights for _, weights in models])
         are_same = len(leaves) == len(self._weights) and all(
             reference() is leaf for reference, leaf in zip(self._weights, leaves, strict=True)
         )
-        if are_same and graphs == self._graphs and layout == self._layout:
+        if are_same and graphs == self._graphs and context == self._context:
             return True
-        self._graphs, self._layout = graphs, layout
+        self._graphs, self._context = graphs, context
         self._weights = [weakref.ref(leaf) for leaf in leaves]
         return False
 

@@ -57,6 +57,7 @@ class LoadArguments(TypedDict, total=False):
     quantize: Quantize
     offload: Literal["components"] | None
     reference_cache: Literal["none", "image", "loop"] | None
+    reference_cache_dtype: Literal["int8"] | None
     reference_latents: Literal["encoded", "kept"] | None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, UNET
 from clvr_jax.files.atomic_io import read_json
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
+from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.flux2.io import read_flux2_settings
@@ -27,7 +28,7 @@ class ImageCall(NamedTuple):
 
     height, width: of the image in pixels. vae: configuration of the autoencoder. transformer: configuration of the
     FLUX.2 transformer, None for other models; tokens: that it processes in a step. cached_tokens: of references whose
-    keys and values are cached, and which are no tokens of a step.
+    keys and values are cached, and which are no tokens of a step; is_cache_quantized: whether these are 8-bit integers.
     """
 
     height: int
@@ -36,6 +37,7 @@ class ImageCall(NamedTuple):
     transformer: Flux2TransformerConfig | None = None
     tokens: int = 0
     cached_tokens: int = 0
+    is_cache_quantized: bool = False
 
 
 def flux2_settings(path: Path, transformer: str = "transformer") -> Flux2Settings:
@@ -48,6 +50,7 @@ def image_call(
     size: tuple[int, int] | None = None,
     references: Sequence[tuple[int, int]] = (),
     reference_cache: ReferenceMode | None = None,
+    reference_cache_dtype: Quantization | None = None,
 ) -> ImageCall | None:
     """Returns the smallest call that generates an image; reads configurations only.
 
@@ -56,6 +59,7 @@ def image_call(
       size: height and width in pixels; those of the first reference, else the model's own, if None.
       references: height and width of each given image.
       reference_cache: how a FLUX.2 model attends to references; its own setting if None.
+      reference_cache_dtype: format of cached keys and values; the dtype of the computation if None.
     Returns: None if neither the arguments nor the model have a size.
     """
     path, chosen = resolve(model)
@@ -73,7 +77,8 @@ def image_call(
     own, seen = height * width, sum(min(h * w, MAX_REFERENCE_PIXELS) for h, w in references)
     cached = 0 if (reference_cache or settings.reference_cache) == "none" else seen
     tokens = min(settings.text_buckets) + (own + seen - cached) // vae.token_pixels**2
-    return ImageCall(height, width, vae, transformer, tokens, cached // vae.token_pixels**2)
+    cached_tokens = cached // vae.token_pixels**2
+    return ImageCall(height, width, vae, transformer, tokens, cached_tokens, reference_cache_dtype == "int8")
 
 
 def working_bytes(call: ImageCall, dtype: np.dtype, layout: MeshLayout | None = None) -> int:
@@ -85,8 +90,8 @@ def working_bytes(call: ImageCall, dtype: np.dtype, layout: MeshLayout | None = 
       layout: of the mesh; None is one device.
     """
     axes: Mapping[str, int] = {} if layout is None else layout.mesh.shape
-    denoising = _denoising(call) // axes.get("sequence", 1) + _cache(call, layout)
-    return dtype.itemsize * max(_decoding(call), denoising)
+    denoising = dtype.itemsize * (_denoising(call) // axes.get("sequence", 1)) + _cache_bytes(call, dtype, layout)
+    return max(dtype.itemsize * _decoding(call), denoising)
 
 
 def _decoding(call: ImageCall) -> int:
@@ -103,8 +108,8 @@ def _denoising(call: ImageCall) -> int:
     return max(call.tokens, call.cached_tokens) * int(3 * call.transformer.inner_dim + 2 * call.transformer.mlp_dim)
 
 
-def _cache(call: ImageCall, layout: MeshLayout | None) -> int:
-    """Returns the elements of the cached keys and values of all blocks that one device has: those of its heads."""
+def _cache_bytes(call: ImageCall, dtype: np.dtype, layout: MeshLayout | None) -> int:
+    """Returns the bytes of the cached keys and values of all blocks that one device has: those of its heads."""
     if call.transformer is None:
         return 0
     config = call.transformer
@@ -112,4 +117,7 @@ def _cache(call: ImageCall, layout: MeshLayout | None) -> int:
     if layout is not None:
         heads = layout.sharding(("heads",), heads).shard_shape(heads)
     blocks = config.num_layers + config.num_single_layers
-    return 2 * blocks * call.cached_tokens * heads[0] * config.attention_head_dim
+    of_a_head = config.attention_head_dim * dtype.itemsize
+    if call.is_cache_quantized:
+        of_a_head = config.attention_head_dim + np.dtype(np.float32).itemsize  # with its scale
+    return 2 * blocks * call.cached_tokens * heads[0] * of_a_head

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.decoding import CACHE_BUCKET
 from clvr_jax.models.flux2 import Flux2TransformerConfig, ReferenceCache
-from clvr_jax.models.flux2.reference_cache import KeyValue
+from clvr_jax.models.flux2.reference_cache import KeyValue, QuantizedKeyValue
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.image_buckets import TOKENS, BucketedImages, bucket_of, image_slots, patch_bucket
 from clvr_jax.models.qwen3_vl.model import DecodeCache
@@ -57,7 +57,7 @@ class LoopConfig:
     number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens, verification_tokens:
     numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier, which reads one image
     at a time. reference_cache: how references are attended to; with "loop", the caches of all references are in memory
-    during the whole loop.
+    during the whole loop. reference_cache_dtype: format of the caches, None for `dtype`.
     """
 
     preset: str
@@ -72,6 +72,7 @@ class LoopConfig:
     reply_tokens: int = 192
     verification_tokens: int = 96
     reference_cache: ReferenceMode = "none"
+    reference_cache_dtype: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         counts = (self.generations, self.steps, self.batch, self.prompt_tokens, self.reply_tokens)
@@ -79,6 +80,11 @@ class LoopConfig:
             raise UsageError("closed loop: all counts must be at least 1, and verification_tokens at least 0")
         if self.size < 64 or self.size % 32:
             raise UsageError(f"closed loop: size must be a multiple of 32 pixels and at least 64, got {self.size}")
+        if self.reference_cache_dtype and self.reference_cache == "none":
+            raise UsageError(
+                f"closed loop: --reference-cache-dtype {self.reference_cache_dtype} needs --reference-cache image or "
+                "loop"
+            )
 
 
 def loop_programs(loop: LoopConfig, stages: str = "") -> list[Program]:
@@ -148,12 +154,14 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
                 (grid,) * number,
                 first,
                 data["cached"],
+                loop.reference_cache_dtype == "int8",
             )
 
         return run
 
     def caches(numbers: list[int]) -> tuple[ReferenceCache, ...]:
-        return tuple(_abstract_cache(transformer_config, b, number * image, dtype) for number in numbers)
+        held = (transformer_config, b, dtype, loop.reference_cache_dtype == "int8")
+        return tuple(_abstract_cache(*held, number * image) for number in numbers)
 
     programs = []
     for text in sorted(set(buckets)):
@@ -201,7 +209,7 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
                         transformer_config, b, references=number * image, earlier=earlier * image
                     ).forward,
                     rows=b,
-                    logical_axes={5: _REFERENCE_AXES},
+                    logical_axes=_REFERENCE_AXES,
                     other_bytes=_size(caches([1] * earlier)),
                     kept="cached" if is_kept else "",
                 )
@@ -225,7 +233,7 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
                 reads={"transformer": loop.steps},
                 flops=loop.steps * evaluation.forward,
                 rows=b,
-                logical_axes={5: _REFERENCE_AXES},
+                logical_axes=_REFERENCE_AXES,
                 other_bytes=loop.steps * _size(held),
                 kept="cached" if is_kept else "",
                 token_passes=b
@@ -247,17 +255,21 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
     return programs
 
 
-_REFERENCE_AXES = (None, "batch", None, "heads", None)
-"""Logical axes of the keys and values of references: layer, row, token, head, head dimension."""
+_REFERENCE_AXES = {5: (None, "batch", None, "heads", None), 4: (None, "batch", "heads", None)}
+"""Logical axes of the keys and values of references (layer, row, token, head, head dimension), and of their scales."""
 
 
-def _abstract_cache(config: Flux2TransformerConfig, rows: int, tokens: int, dtype: jnp.dtype) -> ReferenceCache:
+def _abstract_cache(
+    config: Flux2TransformerConfig, rows: int, dtype: jnp.dtype, is_quantized: bool, tokens: int
+) -> ReferenceCache:
     """Returns the shapes of a cache of references."""
     heads, channels = config.num_attention_heads, config.attention_head_dim
-    shapes: list[PyTree] = [
-        _SHAPE((depth, rows, tokens, heads, channels), dtype) for depth in (config.num_layers, config.num_single_layers)
-    ]
-    return ReferenceCache(*(KeyValue(shape, shape) for shape in shapes))
+    stored: list[Any] = []
+    for depth in (config.num_layers, config.num_single_layers):
+        shape: Any = _SHAPE((depth, rows, tokens, heads, channels), jnp.int8 if is_quantized else dtype)
+        scale: Any = _SHAPE((depth, rows, heads, tokens), jnp.float32)
+        stored.append(QuantizedKeyValue(shape, shape, scale, scale) if is_quantized else KeyValue(shape, shape))
+    return ReferenceCache(*stored)
 
 
 def _size(tree: PyTree) -> float:

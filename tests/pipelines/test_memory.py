@@ -128,6 +128,13 @@ def test_the_bound_counts_cached_references(tmp_path):
     layout = layout_of(MeshConfig(fsdp=1, tensor=4, devices=4))
     sharded = working_bytes(call._replace(height=16, width=16), np.dtype(np.float32), layout)
     assert sharded - without == elements
+    arguments = (0, (), True)
+    cache = jax.eval_shape(
+        lambda tokens: cache_references(*nnx.split(pipe.transformer), tokens, grids, *arguments), tokens
+    )
+    small = image_call(str(path), (64, 64), [(64, 64), (32, 64)], reference_cache_dtype="int8")
+    quantized = working_bytes(small._replace(height=16, width=16), np.dtype(np.float32))
+    assert quantized - without == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 @pytest.mark.parametrize("command", ["sample", "generate"])

@@ -49,10 +49,11 @@ def made_ahead(store, pipe, calls):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "latents"), [("none", "encoded"), ("image", "kept"), ("loop", "encoded"), ("loop", "kept")]
+    ("mode", "dtype", "latents"),
+    [("none", None, "encoded"), ("image", None, "kept"), ("loop", None, "encoded"), ("loop", "int8", "kept")],
 )
-def test_each_way_to_attend_to_references_finds_its_programs(folder, store, traced, mode, latents):
-    options = {"reference_cache": mode, "reference_latents": latents}
+def test_each_way_to_attend_to_references_finds_its_programs(folder, store, traced, mode, dtype, latents):
+    options = {"reference_cache": mode, "reference_cache_dtype": dtype, "reference_latents": latents}
     pipe = Flux2Pipeline.from_pretrained(str(folder), **options)
     calls = warm_calls(pipe, [(32, 64)], [2], [40])
     names = made_ahead(store, pipe, calls)

@@ -99,6 +99,24 @@ def test_cached_references_are_planned(small, mode):
 
 
 @pytest.mark.slow
+def test_quantized_caches_are_planned_in_their_own_bytes(small):
+    mesh = MeshConfig(fsdp=1, tensor=2, devices=2)
+    config = dataclasses.replace(small, mesh=mesh, reference_cache="loop", reference_cache_dtype="int8")
+    report = plan(load_recipe(RECIPE), dataclasses.replace(config, stages="cache reference 2|denoise with 2"), "cpu:2")
+    transformer, _ = models.KLEIN["klein-4b"]
+    image = (64 // models.AutoencoderKLFlux2Config().token_pixels) ** 2
+    blocks = transformer.num_layers + transformer.num_single_layers
+    of_a_head = transformer.attention_head_dim + 4
+    reference = 2 * blocks * image * transformer.num_attention_heads * of_a_head  # bytes on all chips
+    assert report.kept == 2 * reference // 2
+    cached, denoised = (stage.report for stage in report.stages)
+    assert cached.memory.output == pytest.approx(reference // 2, abs=128)  # and pointers
+    assert denoised.memory.arguments > report.kept
+    with pytest.raises(UsageError, match="--reference-cache-dtype int8 needs --reference-cache image or loop"):
+        closed_loop.program(dataclasses.replace(small, reference_cache_dtype="int8"))
+
+
+@pytest.mark.slow
 def test_some_stages_are_planned_alone_and_written_as_json(small, tmp_path, capsys):
     out = tmp_path / "plan.json"
     options = ["--stages", "decode step", "--size", "64", "--prompt-tokens", "16", "--reply-tokens", "16"]

@@ -44,7 +44,8 @@ def check_memory(
 
     names = {"controller": controller, "verifier": verifier}
     chat: dict[str, Path] = {part: controller_directory(name)[0] for part, name in names.items() if name is not None}
-    call = image_call(model, size, [(image.shape[0], image.shape[1]) for image in images], loading.reference_cache)
+    given = [(image.shape[0], image.shape[1]) for image in images]
+    call = image_call(model, size, given, loading.reference_cache, loading.reference_cache_dtype)
     parts, options = parts_of(model, chat), loading.arguments()
     dtype, quantize, offload = options["dtype"], options["quantize"], options["offload"]
     caches = int(prefix_cache * 2**30) * len({name for name in names.values() if name is not None})

@@ -90,6 +90,9 @@ class LoadOptions:
     values, which are computed once for an image; loop: each reference attends to those before it, and its keys and
     values are kept for the next images of a loop. If not given, as the model was trained; another choice is an
     approximation."""
+    reference_cache_dtype: Literal["int8"] | None = None
+    """int8: store cached keys and values of references as 8-bit integers, in about half the memory of bfloat16, with
+    --reference-cache image or loop. If not given, they have the dtype of the computation."""
     reference_latents: Literal["encoded", "kept"] | None = None
     """Give generated images of a loop these latents when they become references, with FLUX.2 models. encoded: those of
     the encoded image, as for your own images; kept: those that the image was decoded from, without the error of
@@ -116,6 +119,7 @@ class LoadOptions:
             "quantize": parse_quantize(self.quantize),
             "offload": self.offload,
             "reference_cache": self.reference_cache,
+            "reference_cache_dtype": self.reference_cache_dtype,
             "reference_latents": self.reference_latents,
         }
 

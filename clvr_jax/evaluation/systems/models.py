@@ -256,6 +256,7 @@ def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: "L
         **({} if dtype == "float32" else {"dtype": dtype}),
         **({"lora": loras} if loras else {}),
         **({"quantize": quantized} if (quantized := quantization_of(loading.get("quantize"))) else {}),
+        **({"reference_cache_dtype": cached} if (cached := pipeline.reference_cache_dtype) else {}),
         **{name: value for name in _REFERENCES if (value := getattr(pipeline, name)) != getattr(own, name)},
     }
 

@@ -32,7 +32,15 @@ from clvr_jax.models.flux2.blocks import (
 )
 from clvr_jax.models.flux2.config import Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import host_ids, rotary_tables
-from clvr_jax.models.flux2.reference_cache import Attend, KeyValue, ReferenceCache, attend, attend_to_earlier
+from clvr_jax.models.flux2.reference_cache import (
+    Attend,
+    CachedKeyValue,
+    KeyValue,
+    ReferenceCache,
+    attend,
+    attend_to_earlier,
+    expected_arrays,
+)
 from clvr_jax.sharding import with_logical_constraint
 
 
@@ -129,11 +137,11 @@ class Flux2Transformer(nnx.Module):
         text_modulation = self.double_stream_modulation_txt(embedding_bd)
         modulation = self.single_stream_modulation(embedding_bd)
 
-        def attention_to(references: tuple[KeyValue, ...]) -> Attend:
+        def attention_to(references: tuple[CachedKeyValue, ...]) -> Attend:
             return partial(attend, references=references, mask_bt=mask_bt, reference_mask_bk=cached_mask_bk)
 
         def double(
-            block: TransformerBlock, carry: tuple[jax.Array, jax.Array], references: tuple[KeyValue, ...]
+            block: TransformerBlock, carry: tuple[jax.Array, jax.Array], references: tuple[CachedKeyValue, ...]
         ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
             image, text = block(*carry, image_modulation, text_modulation, rotary, attention_to(references))
             carry = (
@@ -143,7 +151,7 @@ class Flux2Transformer(nnx.Module):
             return carry, carry if return_hidden_states else None
 
         def single(
-            block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
+            block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[CachedKeyValue, ...]
         ) -> tuple[jax.Array, jax.Array | None]:
             x_btd, _ = block(x_btd, modulation, rotary, attention_to(references))
             x_btd = with_logical_constraint(x_btd, "batch", "tokens", None)
@@ -172,6 +180,7 @@ class Flux2Transformer(nnx.Module):
         *,
         earlier: Sequence[ReferenceCache] = (),
         lengths: Sequence[int] = (),
+        quantize: bool = False,
     ) -> ReferenceCache:
         """Returns the keys and values of reference tokens, which depend on nothing but the references.
 
@@ -185,6 +194,7 @@ class Flux2Transformer(nnx.Module):
           earlier: caches of earlier references, which these attend to as well.
           lengths: number of tokens of each reference, if reference k attends to references 1 to k only; () lets all
             tokens attend to each other.
+          quantize: return keys and values as 8-bit integers. The tokens attend to their own before these are rounded.
         Raises: ClvrError as a call does, and if the lengths are of another number of tokens.
         Source: the extraction at the first step of `Flux2KleinKVPipeline` (diffusers).
         """
@@ -196,20 +206,23 @@ class Flux2Transformer(nnx.Module):
         image_modulation = self.double_stream_modulation_img(embedding_bd)
         modulation = self.single_stream_modulation(embedding_bd)
 
-        def attention_to(references: tuple[KeyValue, ...]) -> Attend:
+        def attention_to(references: tuple[CachedKeyValue, ...]) -> Attend:
             return partial(attend_to_earlier, references=references, lengths=lengths)
 
+        def stored(own: KeyValue) -> CachedKeyValue:
+            return own.quantized() if quantize else own.constrained()
+
         def double(
-            block: TransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
-        ) -> tuple[jax.Array, KeyValue]:
+            block: TransformerBlock, x_btd: jax.Array, references: tuple[CachedKeyValue, ...]
+        ) -> tuple[jax.Array, CachedKeyValue]:
             x_btd, own = block.references(x_btd, image_modulation, rotary, attention_to(references))
-            return with_logical_constraint(x_btd, "batch", "tokens", None), own.constrained()
+            return with_logical_constraint(x_btd, "batch", "tokens", None), stored(own)
 
         def single(
-            block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
-        ) -> tuple[jax.Array, KeyValue]:
+            block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[CachedKeyValue, ...]
+        ) -> tuple[jax.Array, CachedKeyValue]:
             x_btd, own = block(x_btd, modulation, rotary, attention_to(references))
-            return with_logical_constraint(x_btd, "batch", "tokens", None), own.constrained()
+            return with_logical_constraint(x_btd, "batch", "tokens", None), stored(own)
 
         of_double, of_single = tuple(cache.double for cache in earlier), tuple(cache.single for cache in earlier)
         x_btd, double_cache = scan_blocks(
@@ -252,12 +265,13 @@ class Flux2Transformer(nnx.Module):
         for cache in cached:
             shared = cache.rows if cache.rows and not rows % cache.rows else rows
             for name, depth in (("double", self.config.num_layers), ("single", self.config.num_single_layers)):
-                for array in getattr(cache, name):
-                    expected = (depth, shared, cache.tokens, *size)
-                    if array.shape != expected or array.dtype != self.dtype:
+                own = getattr(cache, name)
+                needed = expected_arrays(own, (depth, shared, cache.tokens, *size), self.dtype)
+                for array, (shape, dtype) in zip(own, needed, strict=True):
+                    if array.shape != shape or array.dtype != dtype:
                         raise ClvrError(
                             f"reference cache: {name} is {array.dtype} {array.shape}; this model takes "
-                            f"{jnp.dtype(self.dtype)} {expected} (layers, rows, tokens, heads, head_dim)"
+                            f"{dtype} {shape} (layers, rows, tokens, heads, head_dim)"
                         )
 
 

@@ -72,7 +72,7 @@ class LatentStore:
     def claim(self, autoencoder: tuple[HashedGraphDef, Params]) -> None:
         """Drops all latents that another autoencoder has decoded, or the same one with other weights."""
         with self._lock:
-            if not self._models.are_same([autoencoder], None):
+            if not self._models.are_same([autoencoder]):
                 self._kept.clear()
 
     def put(self, image: Image.Image, latents_tc: np.ndarray) -> None:

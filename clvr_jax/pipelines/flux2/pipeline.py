@@ -23,6 +23,7 @@ from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import UsageError
 from clvr_jax.files.atomic_io import located
 from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
@@ -89,6 +90,7 @@ class Flux2Pipeline(ReferencePipeline):
         quantize: Quantize = None,
         offload: Offload = None,
         reference_cache: ReferenceMode | None = None,
+        reference_cache_dtype: Quantization | None = None,
         reference_latents: ReferenceLatents | None = None,
     ) -> Self:
         """Loads a pipeline.
@@ -108,6 +110,8 @@ class Flux2Pipeline(ReferencePipeline):
             it computes; None leaves both on the devices.
           reference_cache: how images attend to references, see `ReferenceMode`; the model's own setting if None.
             Another one is an approximation, which is said in one line.
+          reference_cache_dtype: "int8" stores keys and values of references as 8-bit integers, with one scale for each
+            token and head, in about half the memory of bfloat16; None stores them in the dtype of the computation.
           reference_latents: which latents the images of a loop have as references, see `ReferenceLatents`; the model's
             own setting if None.
         Raises: ClvrError that names what is missing or does not match.
@@ -128,7 +132,7 @@ class Flux2Pipeline(ReferencePipeline):
                 )
             )
         pipe.layout, pipe.offloader = layout, offloader
-        pipe.choose_reference_cache(reference_cache, model)
+        pipe.choose_reference_cache(reference_cache, model, reference_cache_dtype)
         pipe.choose_reference_latents(reference_latents)
         return pipe
 

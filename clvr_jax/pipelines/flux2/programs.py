@@ -59,6 +59,7 @@ def cache_references(
     sizes: tuple[tuple[int, int], ...],
     first: int = 0,
     earlier: tuple[ReferenceCache, ...] = (),
+    quantize: bool = False,
 ) -> ReferenceCache:
     """Computes the keys and values of references, which attend to each other and to earlier ones.
 
@@ -68,10 +69,12 @@ def cache_references(
       sizes: (height, width) of each of them in tokens.
       first: number of earlier references.
       earlier: their caches, of b rows each.
+      quantize: see `Flux2Transformer.reference_cache`.
     """
     with read_only_weights():
         transformer = nnx.merge(graphdef, state)
-        return transformer.reference_cache(tokens_btc, reference_ids(sizes, first), earlier=earlier)
+        ids = reference_ids(sizes, first)
+        return transformer.reference_cache(tokens_btc, ids, earlier=earlier, quantize=quantize)
 
 
 def attended_references(

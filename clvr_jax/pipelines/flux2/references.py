@@ -16,6 +16,7 @@ from PIL import Image
 
 from clvr_jax.display.console import console
 from clvr_jax.errors import UsageError
+from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer, ReferenceCache
 from clvr_jax.pipelines.flux2.kept_latents import (
     LatentReference,
@@ -62,13 +63,19 @@ class ReferenceStore:
         """Bytes of all caches, over all devices."""
         return sum(cache.nbytes for cache in self._caches.values())
 
-    def claim(self, models: Sequence[tuple[HashedGraphDef, Params]], layout: MeshLayout | None) -> None:
+    def claim(
+        self,
+        models: Sequence[tuple[HashedGraphDef, Params]],
+        layout: MeshLayout | None,
+        quantize: Quantization | None = None,
+    ) -> None:
         """Drops all caches that other models have computed, or the same ones with other weights or on another mesh.
 
-        models: graph definition and weights of each model that the caches of the next calls depend on.
+        models: graph definition and weights of each model that the caches of the next calls depend on. quantize: format
+        of the caches; those of another one are dropped, too.
         """
         with self._lock:
-            if not self._models.are_same(models, layout):
+            if not self._models.are_same(models, (layout, quantize)):
                 self._caches.clear()
 
     def get(self, key: bytes) -> ReferenceCache | None:
@@ -103,6 +110,7 @@ class ReferencePipeline(JittedPipeline):
 
     Attributes:
       reference_cache: how images attend to references; the model's own setting, or an approximation of it.
+      reference_cache_dtype: "int8" if cached keys and values are 8-bit integers, None if they are in the compute dtype.
       kept_references: the caches that calls with "loop" keep.
       reference_latents: which latents generated images have as references, see `ReferenceLatents`.
       kept_latents: the latents that calls with "kept" keep.
@@ -112,6 +120,7 @@ class ReferencePipeline(JittedPipeline):
     vae: AutoencoderKLFlux2
     settings: Flux2Settings
     reference_cache: ReferenceMode
+    reference_cache_dtype: Quantization | None = None
     reference_latents: ReferenceLatents
 
     def __init__(self) -> None:
@@ -119,22 +128,30 @@ class ReferencePipeline(JittedPipeline):
         self.kept_references, self.kept_latents = ReferenceStore(), LatentStore()
         self._printed: set[str] = set()
         self._encode_images = jit_module(_encode_tokens, replicate_weights=True, static_argnums=0)
-        self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4))
+        self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4, 6))
         self._row_of, self._join_rows = StoredFunction(_row_of), StoredFunction(_join_rows)
         self._join_tokens, self._choose_tokens = StoredFunction(_join_tokens), StoredFunction(_choose_tokens)
 
-    def choose_reference_cache(self, mode: ReferenceMode | None, model: str) -> None:
+    def choose_reference_cache(self, mode: ReferenceMode | None, model: str, dtype: Quantization | None = None) -> None:
         """Chooses how images attend to references; another mode than the model's own is said in one line on stderr.
 
         Args:
           mode: the mode; the model's own if None.
           model: name of the model, for the line.
-        Raises: UsageError for another mode.
+          dtype: "int8" stores cached keys and values as 8-bit integers; None stores them in the compute dtype.
+        Raises: UsageError for another mode or dtype, and for a dtype of caches in a mode without.
         """
         trained = self.settings.reference_cache
         if mode not in (None, *(modes := get_args(ReferenceMode))):
             raise UsageError(f"reference_cache {mode!r}: choose one of {', '.join(modes)}")
-        self.reference_cache = mode or trained
+        if dtype not in (None, *(formats := get_args(Quantization))):
+            raise UsageError(f"reference_cache_dtype {dtype!r}: choose {', '.join(formats)}, or leave it out")
+        if dtype and (mode or trained) == "none":
+            raise UsageError(
+                f"reference_cache_dtype {dtype}: with reference_cache none there are no caches; leave it out, or "
+                "choose reference_cache image or loop"
+            )
+        self.reference_cache, self.reference_cache_dtype = mode or trained, dtype
         if self.reference_cache != trained:
             console.print(
                 f"reference_cache {mode}: {model} was trained with {trained}; its images are approximations",
@@ -231,7 +248,12 @@ class ReferencePipeline(JittedPipeline):
         tokens = encoded[0] if len(encoded) == 1 else self._join_tokens(encoded)
         if self.reference_cache == "none":
             return tokens, grids
-        return (self._cache_references(*self._split("transformer"), tokens, grids),), ()
+        cache = self._cache_references(*self._split("transformer"), tokens, grids, 0, (), self._quantizes)
+        return (cache,), ()
+
+    @property
+    def _quantizes(self) -> bool:
+        return self.reference_cache_dtype == "int8"
 
     def _tokens(self, references: Sequence[Reference]) -> jax.Array:
         """Returns the latent tokens of one reference of each row, (b, tokens, channels)."""
@@ -279,7 +301,8 @@ class ReferencePipeline(JittedPipeline):
 
     def _kept_caches(self, references: list[list[Reference]], grids: Grids) -> tuple[ReferenceCache, ...]:
         """Returns the cache of each reference, which attends to those before it; computes those that are not kept."""
-        self.kept_references.claim([self._held("vae"), self._held("transformer")], active_layout())
+        models = [self._held("vae"), self._held("transformer")]
+        self.kept_references.claim(models, active_layout(), self.reference_cache_dtype)
         keys = [history_keys(row) for row in references]
         caches: list[ReferenceCache] = []
         for number, grid in enumerate(grids):
@@ -290,7 +313,8 @@ class ReferencePipeline(JittedPipeline):
                 continue
             # For all rows, also those that are kept: the number of rows is that of the call, as in its other programs.
             tokens = self._tokens([row[number] for row in references])
-            made = self._cache_references(*self._split("transformer"), tokens, (grid,), number, tuple(caches))
+            model, earlier = self._split("transformer"), tuple(caches)
+            made = self._cache_references(*model, tokens, (grid,), number, earlier, self._quantizes)
             caches.append(made)
             for row, cache in enumerate(found):
                 if cache is None:
@@ -316,7 +340,9 @@ def _choose_tokens(is_kept_b: np.ndarray, kept_btc: np.ndarray, encoded_btc: jax
 
 
 def _sharded(array: jax.Array) -> jax.Array:
-    return with_logical_constraint(array, None, "batch", None, "heads", None)
+    """Returns an array of a cache, sharded by rows and heads; scales have four axes."""
+    tokens_and_heads = (None, "heads", None) if array.ndim == 5 else ("heads", None)
+    return with_logical_constraint(array, None, "batch", *tokens_and_heads)
 
 
 def _row_of(cache: ReferenceCache, row: jax.Array) -> ReferenceCache:

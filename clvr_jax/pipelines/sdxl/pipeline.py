@@ -109,6 +109,7 @@ class SDXLPipeline(JittedPipeline):
         quantize: Quantize = None,
         offload: Offload = None,
         reference_cache: str | None = None,
+        reference_cache_dtype: str | None = None,
         reference_latents: str | None = None,
     ) -> Self:
         """Loads a pipeline.
@@ -123,7 +124,8 @@ class SDXLPipeline(JittedPipeline):
           lora: LoRAs of the UNet, each a file, directory or Hugging Face id, alone or with its weight. They are added
             to the weights before these are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
-          quantize, offload, reference_cache, reference_latents: must be None; they are for FLUX.2 models.
+          quantize, offload, reference_cache, reference_cache_dtype, reference_latents: must be None; they are for
+            FLUX.2 models.
         Raises: ClvrError that names what is missing, does not match or is not supported.
         """
         if quantize:
@@ -132,7 +134,11 @@ class SDXLPipeline(JittedPipeline):
             )
         if offload:
             raise UsageError(f"offload: {model} is a Stable Diffusion model, which stays on the devices; leave it out")
-        for name, value in {"reference_cache": reference_cache, "reference_latents": reference_latents}.items():
+        for name, value in {
+            "reference_cache": reference_cache,
+            "reference_cache_dtype": reference_cache_dtype,
+            "reference_latents": reference_latents,
+        }.items():
             if value:
                 raise UsageError(f"{name}: {model} is a Stable Diffusion model, without references; leave it out")
         layout = layout_of(mesh)
