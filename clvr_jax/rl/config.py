@@ -68,6 +68,9 @@ class PPRLConfig:
     """Configuration of the checkpoints, which are saved at the end of an epoch."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well; nothing is logged there if it is empty."""
+    goodput_logger: str = ""
+    """Report the goodput to this logger of Google Cloud Logging as well, by the package ml-goodput-measurement; nothing
+    is reported there if it is empty."""
     profile: int | None = None
     """Write a profile of this epoch, counted from 0, to OUT/profile; nothing is profiled if it is not given."""
 
@@ -122,6 +125,7 @@ class PPRLConfig:
             checkpoint=self.checkpoint,
             note=lambda metrics: f"reward {metrics['reward']:.3f}  {metrics['seconds']:.1f} s/epoch",
             wandb=self.wandb,
+            goodput_logger=self.goodput_logger,
             logged_config=dataclasses.asdict(self),
             profile=range(0) if self.profile is None else range(self.profile, self.profile + 1),
         )

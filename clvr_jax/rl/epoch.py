@@ -33,6 +33,7 @@ from clvr_jax.rl.update import UpdateBatch
 from clvr_jax.sharding import MeshLayout, process_allgather
 from clvr_jax.training.graceful_shutdown import GracefulShutdown
 from clvr_jax.training.loop import StepMetrics, StopRequestedError, wait_on_cpu
+from clvr_jax.training.monitoring.clock import phase
 from clvr_jax.training.prefetch import IteratorState, shard_batch
 from clvr_jax.trees import Batch
 
@@ -89,7 +90,8 @@ class EpochRunner:
         )
         microbatches, scores = self._sample_and_score(state, epoch, steps, shutdown, watch)
         advantages, metrics = self._advantages(microbatches, scores)
-        self._write_grid(microbatches, epoch)
+        with phase("evaluation"):
+            self._write_grid(microbatches, epoch)
         with watch("update"):
             state, update_metrics = self._update(state, epoch, microbatches, advantages)
             state = jax.block_until_ready(self.jitted.update_old_policy(state))
@@ -113,7 +115,8 @@ class EpochRunner:
             for index, prepared in enumerate(self._prepare(steps, preparing)):
                 if index and shutdown.should_stop():
                     raise StopRequestedError
-                microbatch = prepared()
+                with phase("input"):
+                    microbatch = prepared()
                 with watch("sampling"):
                     self._sample(state, epoch, microbatch)
                 microbatches.append(microbatch)

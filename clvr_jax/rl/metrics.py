@@ -13,6 +13,7 @@ from clvr_jax.files.atomic_io import write_atomically
 from clvr_jax.files.image_io import encode_png
 from clvr_jax.rewards.reward import Scores
 from clvr_jax.rl.advantages import Advantages
+from clvr_jax.training.monitoring.clock import phase as goodput_phase
 
 
 def reward_metrics(
@@ -61,10 +62,11 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time of a block to a phase."""
+        """Adds the time of a block to a phase, which is one of a step in the account of the run's wall time."""
         start = time.monotonic()
         try:
-            yield
+            with goodput_phase(f"step/{phase}"):
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
 

@@ -1,4 +1,4 @@
-"""Curves of runs from their `metrics.jsonl`; runs that differ only in the seed are one line with a band."""
+"""Curves of runs from their metrics and goodput; runs that differ only in the seed are one line with a band."""
 
 import io
 import json
@@ -16,13 +16,25 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.atomic_io import write_atomically
 from clvr_jax.files.file_names import has_entry, is_regular_file
 from clvr_jax.files.json_input import JSON, JsonObject, parse_object, read_object, stream_lines
+from clvr_jax.training.monitoring.ledger import FILE as GOODPUT
+from clvr_jax.training.monitoring.ledger import read_ledgers
 from clvr_jax.training.recipes import RECIPE
 from clvr_jax.trees import some
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-USUAL = ("loss", "reward", "reward_t2i", "reward_i2i", "parts/t2i/right", "kl", "norm_ratio", "zero_variance_groups")
+USUAL = (
+    "loss",
+    "reward",
+    "reward_t2i",
+    "reward_i2i",
+    "parts/t2i/right",
+    "kl",
+    "norm_ratio",
+    "zero_variance_groups",
+    "goodput",
+)
 """Metrics that are shown by default, as far as a run has them."""
 _WIDTH, _HEIGHT = 4.8, 3.2
 
@@ -41,7 +53,7 @@ class Curve:
 
 
 def read_metrics(run: Path) -> dict[str, dict[int, float]]:
-    """Reads metric -> step -> value of a run, which need not be finished.
+    """Reads metric -> step -> value of a run, which need not be finished; the goodput and its parts are metrics too.
 
     Raises: ClvrError if the directory holds no metrics, or a file that is none.
     """
@@ -64,6 +76,12 @@ def read_metrics(run: Path) -> dict[str, dict[int, float]]:
                 found.setdefault(name, {})[step] = _metric(row, name)
     if not found:
         raise ClvrError(f"{path}: holds no metrics yet")
+    starts = 0
+    for ledger in read_ledgers(run / GOODPUT):
+        if ledger.starts == starts:  # the line of a start has nothing new but what the last one lost
+            for name, value in ledger.scalars().items():
+                found.setdefault(name, {})[ledger.iteration] = value
+        starts = ledger.starts
     return found
 
 

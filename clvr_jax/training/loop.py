@@ -23,7 +23,7 @@ from typing import ClassVar, Generic, Protocol
 import jax
 from jaxtyping import PyTree
 
-from clvr_jax.display.console import Advance, progress
+from clvr_jax.display.console import Advance, console, progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.buckets.paths import storage_path
 from clvr_jax.files.buckets.run_files import RunFiles, run_files, staged
@@ -34,6 +34,10 @@ from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_all
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.monitoring.clock import Goodput, active_goodput, phase
+from clvr_jax.training.monitoring.hosts import Hosts, Reports
+from clvr_jax.training.monitoring.ledger import FILE as GOODPUT
+from clvr_jax.training.monitoring.nonfinite import nonfinite_report
 from clvr_jax.training.optimization.step import State
 from clvr_jax.training.prefetch import IteratorState
 from clvr_jax.trees import Params
@@ -84,7 +88,8 @@ class LoopConfig:
     name: of the task. unit: of iterations, "step" or "epoch". iterations: number of them in the run. log_every: number
     of iterations between logs. max_nonfinite_steps: the run ends after so many optimizer steps in a row whose loss or
     gradients are not finite. note: logged metrics -> text of the progress line. wandb: project of Weights & Biases, ""
-    for none. logged_config: the configuration that is logged there. profile: iterations that are profiled.
+    for none. goodput_logger: logger of Google Cloud that the goodput is reported to as well, "" for none.
+    logged_config: the configuration that Weights & Biases logs. profile: iterations that are profiled.
     """
 
     name: str
@@ -95,6 +100,7 @@ class LoopConfig:
     note: Callable[[Mapping[str, float]], str]
     log_every: int = 1
     wandb: str = ""
+    goodput_logger: str = ""
     logged_config: Mapping[str, JSON] = field(default_factory=dict)
     profile: range = range(0)
 
@@ -130,16 +136,29 @@ def run_loop(
       too many optimizer steps in a row are not finite.
     """
     out = storage_path(out)
-    # Made here, so that no caller holds this state, whose memory is free once a checkpoint is restored.
-    state = create()
-    with Checkpoints(out / "checkpoints", config.checkpoint.max_to_keep) as checkpoints:
-        state, iterator_state = checkpoints.restore_or(state, resume=resume)
+    with contextlib.ExitStack() as stack:
+        # Before the clock, whose last line is copied as well.
+        files = stack.enter_context(run_files(out, lambda: check_lock(out)))
+        goodput = active_goodput()
+        if goodput is None or goodput.is_recording:
+            goodput = stack.enter_context(Goodput())
+        if config.goodput_logger:
+            broadcast_from_host0(lambda: _log_to_cloud(goodput, out.name, config.goodput_logger))
+        # Made here, so that no caller holds this state, whose memory is free once a checkpoint is restored.
+        state = create()
+        with goodput.phase("restore"):
+            checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", config.checkpoint.max_to_keep))
+            state, iterator_state = checkpoints.restore_or(state, resume=resume)
         if on_begin is not None:
             on_begin()
         start, end = int(state.iteration), min(config.iterations, stop_after or config.iterations)
         if start < end:
+            if jax.process_index() == 0 and resume:
+                files.fetch(GOODPUT)
+            earlier = goodput.open(files.directory, start, resume=resume)
+            if earlier.starts > 1 and jax.process_index() == 0:
+                console.print(f"{config.name}: until now {earlier.summary()}", markup=False)
             with (
-                run_files(out, lambda: check_lock(out)) as files,
                 _metric_log(files, start, config) as log,
                 progress(config.name, config.iterations, start) as advance,
                 graceful_shutdown() as shutdown,
@@ -147,10 +166,19 @@ def run_loop(
                 make_runner(range(start, end), iterator_state) as runner,
             ):
                 saver = _Saver(config.checkpoint, checkpoints, start, lambda: _copy(files))
-                loop = _Loop(config, runner, saver, log, advance, profile, out)
+                loop = _Loop(config, runner, saver, log, advance, profile, out, goodput)
                 state = loop.run(state, range(start, end), shutdown)
-    if int(state.iteration) == config.iterations:
-        _export(export, state, out, on_export)
+                goodput.turn("log")  # closing the files of metrics and profiles
+        with phase("save"):
+            checkpoints.wait()
+        iteration = int(state.iteration)
+        if iteration == config.iterations:
+            with phase("export"):
+                _export(export, state, out, on_export)
+        elif goodput.end != "preempted":
+            goodput.end = "paused"
+        if start < end and jax.process_index() == 0:
+            console.print(f"{config.name}: {goodput.record(iteration).summary()}", markup=False)
     return state
 
 
@@ -183,6 +211,12 @@ def _copy(files: RunFiles) -> None:
         broadcast_from_host0(files.copy)
 
 
+def _log_to_cloud(goodput: Goodput, job: str, logger: str) -> None:
+    from clvr_jax.training.monitoring.cloud_recorder import CloudReport, cloud_recorder
+
+    goodput.listeners.append(CloudReport(cloud_recorder(job, logger), goodput))
+
+
 @dataclass
 class _Loop(Generic[State]):
     """The loop, with everything that it reports to."""
@@ -194,24 +228,39 @@ class _Loop(Generic[State]):
     advance: Advance
     profile: Callable[[int], None]
     out: Path
+    goodput: Goodput
+
+    def __post_init__(self) -> None:
+        self._hosts, self._reports, self._skipped = Hosts(self.goodput), Reports(), 0
 
     def run(self, state: State, iterations: range, shutdown: GracefulShutdown) -> State:
         """Runs iterations, or fewer if the run is asked to stop."""
         config, pending = self.config, list[StepMetrics]()
+        self._skipped = int(state.skipped)
+        self.goodput.turn("other")
         for iteration in iterations:
             try:
                 if shutdown.should_stop():
                     raise StopRequestedError
-                self.profile(iteration)
-                state, metrics = self.runner.run(state, iteration, shutdown)
+                with phase("log"):
+                    self.profile(iteration)
+                # Here the time of a step is taken: until the work is handed to the devices, or, where the runner waits
+                # for results, until they are there. `_log` takes the rest: it waits for the devices.
+                with phase("step"):
+                    self.goodput.begin_step(iteration)
+                    state, metrics = self.runner.run(state, iteration, shutdown)
             except StopRequestedError:
                 self._log(state, iteration, pending)
-                self.saver.save(state, self.runner.iterator_state())
-                self.saver.checkpoints.wait()
+                self.goodput.record(iteration)
+                with phase("save"):
+                    self.saver.save(state, self.runner.iterator_state())
+                    self.saver.checkpoints.wait()
+                self.goodput.end = "preempted"
                 shutdown.report(config.name, f"{config.unit} {iteration}")
                 break
             except IterationError as error:
-                self.saver.save(state, self.runner.iterator_state())
+                with phase("save"):
+                    self.saver.save(state, self.runner.iterator_state())
                 raise ClvrError(
                     f"{config.name}: {config.unit} {iteration + 1} {error.problem} ({error}); {config.unit} "
                     f"{iteration} is saved, --resume continues from it"
@@ -221,23 +270,44 @@ class _Loop(Generic[State]):
             if (iteration + 1) % config.log_every == 0 or is_last:
                 self._log(state, iteration + 1, pending)
                 pending = []
-                if is_last or self.saver.is_due():
-                    self.saver.save(state, self.runner.iterator_state())
+                with phase("log"):
+                    is_saving = is_last or self.saver.is_due()
+                    if is_saving or self.goodput.is_due():
+                        # Before the checkpoint, so that a line never has steps on both sides of it.
+                        self.log.write_events(iteration + 1, self.goodput.record(iteration + 1).scalars())
+                if is_saving:
+                    with phase("save"):
+                        self.saver.save(state, self.runner.iterator_state())
         return state
 
     def _log(self, state: State, iteration: int, pending: Sequence[StepMetrics]) -> None:
         """Logs the metrics of the last iterations, and ends a run that no longer learns."""
         if not pending:
             return
-        metrics = self.runner.summarize(pending)
-        self.log.write(iteration, metrics)
-        self.advance(iteration, self.config.note(metrics))
-        if (skipped := int(state.skipped_in_a_row)) >= self.config.max_nonfinite_steps:
+        with phase("step"):  # reading metrics waits until the devices have computed them
+            metrics = self.runner.summarize(pending)
+            skipped, in_a_row = int(state.skipped), int(state.skipped_in_a_row)
+        with phase("log"):
+            self._report(iteration, pending, skipped)
+            self.log.write(iteration, metrics)
+            self.advance(iteration, self.config.note(metrics))
+        if in_a_row >= self.config.max_nonfinite_steps:
             raise ClvrError(
-                f"{self.config.name}: loss or gradients of {skipped} steps in a row are not finite, up to "
+                f"{self.config.name}: loss or gradients of {in_a_row} steps in a row are not finite, up to "
                 f"{self.config.unit} {iteration}; resume the last checkpoint in {self.out / 'checkpoints'} with a "
                 "smaller learning rate"
             )
+
+    def _report(self, iteration: int, pending: Sequence[StepMetrics], skipped: int) -> None:
+        """Prints a line in process 0 about steps that are not finite, and one about a slow process."""
+        config, delay = self.config, self._hosts.compare()
+        if jax.process_index() == 0:
+            line = nonfinite_report(config.name, config.unit, iteration, pending, self._skipped, skipped)
+            if line is not None:
+                console.print(line, markup=False)
+            if delay is not None and delay.is_notable and self._reports.is_new(str(delay.process)):
+                console.print(delay.report(config.name, f"{config.unit} {iteration}"), markup=False)
+        self._skipped = skipped
 
 
 class _Saver:

@@ -60,10 +60,16 @@ class MetricLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise ClvrError(f"{self._file.name}: cannot be written ({error.strerror or error})") from error
-        for name, value in metrics.items():
+        self.write_events(step, metrics)
+
+    def write_events(self, step: int, values: Mapping[str, float]) -> None:
+        """Records values that have a file of their own as TensorBoard events and in Weights & Biases."""
+        if not self._is_writer:
+            return
+        for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            self._wandb.log(dict(values), step=step)
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
 """Prefetching of batches: the next one is made in a thread and put on the devices while the current one is used."""
 
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -49,7 +49,11 @@ class DeviceBatch(NamedTuple):
 
 
 def prefetch(
-    batches: Batches, layout: MeshLayout, steps: range, gradient_accumulation_steps: int
+    batches: Batches,
+    layout: MeshLayout,
+    steps: range,
+    gradient_accumulation_steps: int,
+    wait: Callable[[Future[DeviceBatch], int], None] | None = None,
 ) -> Generator[DeviceBatch, None, None]:
     """Yields the batches of some steps, and makes the next one while one is used.
 
@@ -58,6 +62,7 @@ def prefetch(
       layout: gives each device its rows.
       steps: of the run.
       gradient_accumulation_steps: number of microbatches that each batch will be split into.
+      wait: called with the batch that is being made, and its step; returns when it is there or has failed.
     Raises: UsageError if a batch cannot be sharded so.
     """
 
@@ -72,6 +77,8 @@ def prefetch(
         next_batch = thread.submit(make, steps[0]) if steps else None
         for step in steps:
             assert next_batch is not None
+            if wait is not None:
+                wait(next_batch, step)
             batch = next_batch.result()
             next_batch = thread.submit(make, step + 1) if step + 1 < steps.stop else None
             yield batch

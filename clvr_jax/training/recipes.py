@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
@@ -29,6 +30,7 @@ from clvr_jax.processes import broadcast_from_host0
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.loop import mesh_of
+from clvr_jax.training.monitoring.clock import Goodput
 from clvr_jax.training.trainer import Task, TrainConfig, TrainState, fit
 
 if TYPE_CHECKING:
@@ -119,7 +121,14 @@ class TrainResult(TypedDict):
     steps: int
 
 
-def train(recipe: Recipe, config: RecipeConfig, out: str | os.PathLike[str], *, resume: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe,
+    config: RecipeConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    began: float | None = None,
+) -> TrainResult:
     """Runs a recipe.
 
     Args:
@@ -127,7 +136,10 @@ def train(recipe: Recipe, config: RecipeConfig, out: str | os.PathLike[str], *, 
       config: the recipe's config, with overrides.
       out: directory of the run, see `fit`; it may be in a bucket, and is checked before anything is built.
       resume: continue from the newest checkpoint in `out`.
+      began: time of the start of the program in seconds since 1970, from which its wall time is counted; now if not
+        given.
     """
+    began = began or time.time()
     run = storage_path(out)
     own = inspect.signature(recipe.fit).parameters
     if is_bucket(run) and "on_export" not in own:
@@ -143,7 +155,7 @@ def train(recipe: Recipe, config: RecipeConfig, out: str | os.PathLike[str], *, 
 
         add_export_cards(directory, run.name, recipe.name, config, steps)
 
-    with run_lock(run), run_files(run, lambda: check_lock(run)):
+    with run_lock(run), run_files(run, lambda: check_lock(run)), Goodput(began):
         refuse_occupied(run / "checkpoints", resume=resume)
         with mesh_of(config.train.mesh), exits_refused(recipe.path):
             # Weights that a recipe loads are sharded over the mesh while they are read.

@@ -15,6 +15,7 @@ from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.graceful_shutdown import GracefulShutdown
 from clvr_jax.training.loop import LoopConfig, StepMetrics, export_in_process_0, mesh_of, run_loop, wait_on_cpu
 from clvr_jax.training.metrics import Throughput
+from clvr_jax.training.monitoring.input_wait import InputWait
 from clvr_jax.training.optimization.optimizer import OptimizerConfig
 from clvr_jax.training.optimization.step import Loss, Metrics, StepConfig, TrainState, make_train_step
 from clvr_jax.training.prefetch import Batches, DataIterator, DeviceBatch, IteratorState, prefetch
@@ -48,6 +49,9 @@ class TrainConfig(OptimizerConfig):
     """Configuration of the checkpoints."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well; nothing is logged there if it is empty."""
+    goodput_logger: str = ""
+    """Report the goodput to this logger of Google Cloud Logging as well, by the package ml-goodput-measurement; nothing
+    is reported there if it is empty."""
     profile: int | None = None
     """Write a profile of three steps, beginning with this one, to OUT/profile; nothing is profiled if it is not given.
     """
@@ -86,6 +90,7 @@ class TrainConfig(OptimizerConfig):
             note=lambda metrics: f"loss {metrics['loss']:.4f}  {metrics['seconds_per_step']:.2f} s/step",
             log_every=self.log_every,
             wandb=self.wandb,
+            goodput_logger=self.goodput_logger,
             logged_config=dataclasses.asdict(self),
             profile=range(0) if self.profile is None else range(self.profile, self.profile + 3),
         )
@@ -160,8 +165,10 @@ def _step_runner(
     """Opens the runner of some steps, which prefetches their batches."""
     if isinstance(task.batches, DataIterator) and iterator_state:
         task.batches.restore(iterator_state)
-    with contextlib.closing(prefetch(task.batches, layout, steps, config.gradient_accumulation_steps)) as batches:
-        yield _StepRunner(task, config, layout, batches, iterator_state)
+    wait = InputWait(task.name)
+    prefetched = prefetch(task.batches, layout, steps, config.gradient_accumulation_steps, wait)
+    with contextlib.closing(prefetched) as batches:
+        yield _StepRunner(task, config, layout, batches, iterator_state, wait)
 
 
 class _StepRunner:
@@ -174,8 +181,9 @@ class _StepRunner:
         layout: MeshLayout,
         batches: Iterator[DeviceBatch],
         iterator_state: IteratorState,
+        wait: InputWait,
     ):
-        self._layout, self._batches, self._iterator_state = layout, batches, iterator_state
+        self._layout, self._batches, self._iterator_state, self._wait = layout, batches, iterator_state, wait
         self._train_step = make_train_step(task.loss, config.optimizer(), config.step, layout)
         # Frozen weights are sharded as trained ones are.
         self._frozen = jax.device_put(task.frozen, layout.parameters(task.frozen))
@@ -185,6 +193,7 @@ class _StepRunner:
         batch, self._iterator_state = next(self._batches)
         state, metrics = self._train_step(state, self._frozen, batch)
         wait_on_cpu(self._layout, metrics)
+        self._wait.computed = metrics
         self._throughput.add(batch)
         return state, metrics
 

@@ -57,6 +57,7 @@ SDXL = {
     "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "leading",
 }  # fmt: skip
 METRICS = {"step": 10, "loss": 0.5, "seconds_per_step": 0.1}
+GOODPUT = {"time": 1.8e9, "iteration": 10, "seconds": {"start": 5.5, "step/sampling": 20.25}, "end": "complete"}
 RECIPE = {"recipe": "r.py", "config": {"train": {"seed": 0, "steps": 5}}}
 SYNTH = load_synth_recipe(Path(shapes_synth.__file__))
 INDEX = {"metadata": {"total_size": 16}, "weight_map": {
@@ -186,6 +187,15 @@ def _sdxl_scheduler(root: Path, case: Case) -> None:
 def _metrics(root: Path, case: Case) -> None:
     root.mkdir()
     case.write(root / "metrics.jsonl")
+    curves([root])
+
+
+def _goodput(root: Path, case: Case) -> None:
+    root.mkdir()
+    (root / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
+    case.write(root / "goodput.jsonl")
+    with contextlib.suppress(OSError), (root / "goodput.jsonl").open("ab") as file:  # as a last line it may be torn
+        file.write(f"\n{json.dumps(GOODPUT)}\n".encode())
     curves([root])
 
 
@@ -321,6 +331,7 @@ READERS: dict[str, tuple[Callable[[Path, Case], None], Any]] = {
     "scheduler_config.json of FLUX.2": (_flux2_scheduler, read_json(TINY / "scheduler" / "scheduler_config.json")),
     "scheduler_config.json of SDXL": (_sdxl_scheduler, SDXL),
     "metrics.jsonl": (_metrics, METRICS),
+    "goodput.jsonl": (_goodput, GOODPUT),
     "recipe.json of a run": (_recipe, RECIPE),
     "prompts.jsonl": (_prompts, PROMPT),
     "clvr.json": (_pipeline("clvr.json"), read_json(TINY / "clvr.json")),

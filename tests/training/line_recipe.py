@@ -14,13 +14,15 @@ from clvr_jax.training.trainer import Task, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """pause: seconds that a batch takes. die: process that ends without a word at step 10, if any. ballast: random
-    numbers among the parameters that do nothing but make checkpoints large."""
+    """pause: seconds that a batch takes. slow: the only process whose batches take them; -1 is all. die: process that
+    ends without a word at step 10, if any. ballast: random numbers among the parameters that do nothing but make
+    checkpoints large."""
 
     train: TrainConfig = TrainConfig(
         steps=40, learning_rate=0.05, log_every=1, checkpoint=CheckpointConfig(save_interval_minutes=0.0)
     )
     pause: float = 0.0
+    slow: int = -1
     die: int = -1
     ballast: int = 0
 
@@ -36,7 +38,8 @@ def task(config: Config) -> Task:
         return jnp.mean((x @ params["w"] - y + 0.1 * jax.random.normal(key, y.shape)) ** 2), {}
 
     def batches(step):
-        time.sleep(config.pause)
+        if config.slow in (-1, jax.process_index()):
+            time.sleep(config.pause)
         if step == 10 and config.die == jax.process_index():
             import os
 

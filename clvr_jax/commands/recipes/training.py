@@ -39,9 +39,11 @@ class Train(RecipeCommand):
 
     def run_recipe(self, recipe: "Recipe", config: "RecipeConfig") -> Result:
         """Trains the recipe."""
+        from clvr_jax.training.monitoring.clock import process_began
         from clvr_jax.training.recipes import train
 
-        result = train(recipe, config, self.out or Path("runs") / recipe.name, resume=self.resume)
+        out = self.out or Path("runs") / recipe.name
+        result = train(recipe, config, out, resume=self.resume, began=process_began())
         return Result(result, result["export"] or result["out"])
 
 
