@@ -40,6 +40,24 @@ def enable_compilation_cache() -> Path | None:
 
 
 @contextmanager
+def compilation_cache(directory: Path) -> Iterator[None]:
+    """Uses another directory as JAX's persistent compilation cache inside the context."""
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    with _cache_setting:
+        before = jax.config.values["jax_compilation_cache_dir"]
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        reset_cache()
+    try:
+        yield
+    finally:
+        with _cache_setting:
+            jax.config.update("jax_compilation_cache_dir", before)
+            reset_cache()
+
+
+@contextmanager
 def without_compilation_cache() -> Iterator[None]:
     """Compiles without the persistent cache.
 

@@ -14,6 +14,7 @@ import jax
 import jaxlib
 import ml_dtypes
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from clvr_jax.programs.fingerprint import fingerprint
@@ -55,6 +56,7 @@ def process() -> str:
         jax.__version__,
         jaxlib.__version__,
         flax.__version__,
+        optax.__version__,
         np.__version__,
         ml_dtypes.__version__,
     )

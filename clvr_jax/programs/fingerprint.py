@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 _ROOTS = frozenset(
-    {"builtins", "clvr_jax", "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "jaxtyping", "functools", "enum", "math"}
-    | {"collections", "operator", "typing", "types"}
+    {"builtins", "clvr_jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "jaxtyping", "functools", "enum"}
+    | {"collections", "math", "operator", "typing", "types"}
 )
 """Packages whose code an environment has the version or the digest of (`environment.py`)."""
 
@@ -45,8 +45,11 @@ class Fingerprinted(Protocol):
 def fingerprint(*values: object) -> str:
     """Returns a digest of values, 64 hexadecimal digits. Raises: NotStorableError for a value without one."""
     words: list[str] = []
-    for value in values:
-        _write(value, words)
+    try:
+        for value in values:
+            _write(value, words)
+    except (RecursionError, ValueError) as error:  # a function that refers to itself, or to a variable without a value
+        raise NotStorableError(f"a value has no fingerprint ({error})") from error
     return hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=32).hexdigest()
 
 
@@ -90,6 +93,8 @@ def _writer_of(value: object) -> Callable[[Any, list[str]], None] | None:
         return _write_array
     if isinstance(value, jax.tree_util.PyTreeDef):
         return _write_treedef
+    if isinstance(value, jax.sharding.Mesh):
+        return _write_mesh
     if callable(value):
         return _write_function
     return None
@@ -129,6 +134,12 @@ def _write_array(value: Any, words: list[str]) -> None:
         raise NotStorableError("an array of Python objects has no fingerprint")
     content = hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=32).hexdigest()
     words.append(f"{type(value).__name__} {value.dtype.name} {value.shape} {content}")
+
+
+def _write_mesh(value: Any, words: list[str]) -> None:
+    words.append("mesh")
+    _write((tuple(value.shape.items()), tuple(map(str, value.axis_types or ()))), words)
+    _write(tuple(device.id for device in value.devices.flat), words)
 
 
 def _write_treedef(value: Any, words: list[str]) -> None:

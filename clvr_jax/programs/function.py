@@ -20,12 +20,23 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from clvr_jax.compilation import drop_with_caches, without_compilation_cache
 from clvr_jax.programs.fingerprint import NotStorableError
 from clvr_jax.programs.settings import active_store
-from clvr_jax.programs.signature import Signature, content_key, devices_of, disk_key, signature
+from clvr_jax.programs.signature import (
+    Signature,
+    call_parts,
+    content_key,
+    devices_of,
+    disk_key,
+    sharding_parts,
+    signature,
+)
 from clvr_jax.programs.store import ProgramStore
 
 _log = logging.getLogger("clvr.programs")
 
 Result = TypeVar("Result")
+
+FIND_EVENT = "/clvr_jax/programs/find_duration"
+"""The event of JAX's monitoring that reports how long it took to find a program: to load it, or to compile it."""
 
 
 class MadeProgram(NamedTuple):
@@ -75,8 +86,10 @@ class StoredFunction(Generic[Result]):
     attributes, such as `lower`, are those of the jitted function.
 
     Args:
-      function: its module belongs to this package.
-      static_argnums, static_argnames, donate_argnums: of `jax.jit`.
+      function: its module belongs to this package, unless it is traced.
+      static_argnums, static_argnames, donate_argnums, out_shardings: of `jax.jit`.
+      trace: a function without a fingerprint, such as one that depends on code outside of this package, is traced by
+        every process, and its program is found by what it lowers to. Otherwise such a function has no stored program.
     """
 
     def __init__(
@@ -86,9 +99,16 @@ class StoredFunction(Generic[Result]):
         static_argnums: int | Sequence[int] | None = None,
         static_argnames: str | Sequence[str] | None = None,
         donate_argnums: int | Sequence[int] | None = None,
+        out_shardings: Any = None,
+        trace: bool = False,
     ) -> None:
+        options = {} if out_shardings is None else {"out_shardings": out_shardings}
         jit: Callable[..., Any] = functools.partial(
-            jax.jit, static_argnums=static_argnums, static_argnames=static_argnames, donate_argnums=donate_argnums
+            jax.jit,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            donate_argnums=donate_argnums,
+            **options,
         )
 
         @functools.wraps(function)
@@ -106,6 +126,7 @@ class StoredFunction(Generic[Result]):
         self._static_names = frozenset({*names, *(parameters[number] for number in numbers)})
         self._static_numbers = frozenset({*numbers, *(parameters.index(name) for name in names)})
         self._key = (function, numbers, names, donate_argnums)
+        self._out_shardings, self._trace = out_shardings, trace
         self._programs: dict[Signature, _Program | None] = {}
         self._lock = threading.RLock()
         _functions.add(self)
@@ -153,28 +174,43 @@ class StoredFunction(Generic[Result]):
         name = getattr(self, "__name__", "function")
         try:
             devices = devices_of(own)
-            key = disk_key(self._key, own, devices[0].client)
+            key = self._disk_key(own, devices[0].client)
         except NotStorableError as error:
             _log.info("%s: its program is not stored: %s", name, error)
             return None
-        nbytes, program = _read(store, key, own, devices)
+        nbytes, program = (0, None) if key is None else _read(store, key, own, devices)
         if is_new := program is None:
             nbytes, is_new, program = self._make(store, key, own, devices, args, named)
+        seconds = time.monotonic() - began
+        jax.monitoring.record_event_duration_secs(FIND_EVENT, seconds)
         if _making is not None:
-            _making.report(MadeProgram(key, name, is_new, nbytes, time.monotonic() - began))
+            _making.report(MadeProgram(key or "", name, is_new, nbytes, seconds))
         return program
 
+    def _disk_key(self, own: Signature, client: Any) -> str | None:
+        """Returns the key by which a program is found without tracing, None if it has to be traced."""
+        try:
+            return disk_key((*self._key, *sharding_parts(self._out_shardings)), own, client)
+        except NotStorableError:
+            if not self._trace:
+                raise
+            call_parts(own)  # what is lowered does not say everything about the arguments
+            return None
+
     def _make(
-        self, store: ProgramStore, key: str, own: Signature, devices: list[jax.Device], args: Any, named: Any
+        self, store: ProgramStore, key: str | None, own: Signature, devices: list[jax.Device], args: Any, named: Any
     ) -> tuple[int, bool, _Program]:
         """Traces a call and stores its program; returns its bytes, whether it was compiled, and the program."""
         lowered = self._jitted_to_store.lower(*args, **named)
         outputs = jax.tree.map(lambda each: _Out(tuple(each.shape), each.dtype), lowered.out_info)
         content = content_key(own, devices[0].client, lowered) or key
+        if content is None:
+            return 0, True, _Program(lowered.compile(), outputs)
         entry = pickle.dumps((content, outputs))
         nbytes, program = _load(store, content, outputs, own, devices)
         if program is not None:
-            store.write_key(key, entry)
+            if key is not None:
+                store.write_key(key, entry)
             return nbytes, False, program
         with without_compilation_cache():
             compiled = lowered.compile()
@@ -185,7 +221,8 @@ class StoredFunction(Generic[Result]):
             _log.info("%s: its program cannot be stored: %s", self._key[0], str(error).splitlines()[:1])
             return 0, True, _Program(compiled, outputs)
         store.write_program(content, serialized)
-        store.write_key(key, entry)
+        if key is not None:
+            store.write_key(key, entry)
         return len(serialized), True, _Program(compiled, outputs)
 
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from clvr_jax.compilation import user_cache
+from clvr_jax.compilation import compilation_cache, user_cache
 from clvr_jax.errors import UsageError
+from clvr_jax.processes import is_distributed
 from clvr_jax.programs.store import ProgramStore
 
 DIRECTORY, GIB = "CLVR_PROGRAMS", "CLVR_PROGRAMS_GIB"
@@ -57,6 +58,27 @@ def max_bytes() -> int:
     if not 0 < number < 2**20:
         raise UsageError(f"{GIB} is {text!r}: give a positive number of GiB, such as 8")
     return int(number * 2**30)
+
+
+@contextlib.contextmanager
+def programs_in(directory: Path) -> Iterator[None]:
+    """Keeps programs in a directory as well, inside the context, where the process stores programs at all.
+
+    Then a run finds its programs again on another machine. What the process's own store has is copied from there.
+    Programs of several processes are not stored: JAX's compilation cache keeps those in `xla/` of the directory, unless
+    JAX_COMPILATION_CACHE_DIR names another one. They are traced again, but not compiled.
+    """
+    if _active is None:
+        yield
+    elif not is_distributed():
+        store = ProgramStore(directory.absolute(), _active.max_bytes, _active)
+        with program_store(store if store.prepare() else _active):
+            yield
+    elif "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        yield
+    else:
+        with compilation_cache(directory.absolute() / "xla"):
+            yield
 
 
 @contextlib.contextmanager

@@ -49,8 +49,17 @@ def signature(
 
 
 def disk_key(function: object, own: Signature, client: Any) -> str:
-    """Returns the key of a signature on disk. Raises: NotStorableError if there is none."""
+    """Returns the key of a signature on disk. Raises: NotStorableError if there is none.
+
+    function: everything that tells functions apart.
+    """
     return fingerprint(_environment(client), function, own.static, own.tree, call_parts(own))
+
+
+def sharding_parts(shardings: Any) -> tuple[object, ...]:
+    """Returns what describes a tree of shardings. Raises: NotStorableError for one of an unknown type."""
+    leaves, tree = jax.tree.flatten(shardings)
+    return tree, tuple(_part(leaf) for leaf in leaves)
 
 
 def call_parts(own: Signature) -> tuple[object, ...]:

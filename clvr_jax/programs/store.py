@@ -46,10 +46,11 @@ class ProgramStore:
     Args:
       directory: created with permissions 0700 if it does not exist.
       max_bytes: of all files together.
+      shared: a store of other programs too; what is not in this one is copied from there, and both are written.
     """
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
-        self.directory, self.max_bytes = directory, max_bytes
+    def __init__(self, directory: Path, max_bytes: int, shared: "ProgramStore | None" = None) -> None:
+        self.directory, self.max_bytes, self._shared = directory, max_bytes, shared
 
     def prepare(self) -> bool:
         """Creates the directory; returns whether it can be used, and belongs to the user alone."""
@@ -69,18 +70,31 @@ class ProgramStore:
 
     def read_key(self, key: str) -> bytes | None:
         """Returns what is stored under a key, None if there is nothing that can be read."""
-        return self._read(key + _KEY)
+        value = self._read(key + _KEY)
+        if value is None and self._shared is not None and (value := self._shared.read_key(key)) is not None:
+            self._write(key + _KEY, value)
+        return value
 
     def read_program(self, content: str) -> bytes | None:
         """Returns the program of a content; None if there is none that can be read."""
-        return self._read(content + _PROGRAM)
+        program = self._read(content + _PROGRAM)
+        if program is None and self._shared is not None and (program := self._shared.read_program(content)) is not None:
+            self._write_program(content, program)
+        return program
 
     def write_key(self, key: str, value: bytes) -> None:
         """Stores a value under a key."""
         self._write(key + _KEY, value)
+        if self._shared is not None:
+            self._shared.write_key(key, value)
 
     def write_program(self, content: str, program: bytes) -> None:
         """Stores the program of a content; drops the least recently used ones if there is no room."""
+        self._write_program(content, program)
+        if self._shared is not None:
+            self._shared.write_program(content, program)
+
+    def _write_program(self, content: str, program: bytes) -> None:
         if len(program) > self.max_bytes:
             _log.warning("%s: a program of %d bytes is larger than the store", self.directory, len(program))
             return
@@ -95,6 +109,8 @@ class ProgramStore:
                 _log.warning("%s: %s; the program is made anew", path, reason)
                 with contextlib.suppress(OSError):
                     path.unlink()
+        if self._shared is not None:
+            self._shared.discard(name, reason)
 
     def size(self) -> Size:
         """Returns what the store holds."""

@@ -1,14 +1,13 @@
 """The steps of RL compiled for a mesh."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
+from clvr_jax.programs import StoredFunction
 from clvr_jax.rl.algorithms.base import Metrics
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
-from clvr_jax.rl.rollout import collect_rollout
+from clvr_jax.rl.rollout import Rollout, RolloutBatch, collect_rollout
 from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.update import UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
 from clvr_jax.sharding import MeshLayout
@@ -36,16 +35,22 @@ class JittedSteps:
             next_state, metrics = apply_gradients(config, state, sums)
             return jax.lax.with_sharding_constraint(next_state, next_state.shardings(layout)), metrics
 
-        self.algorithm = config.make_algorithm(policy)
-        self.rollout = jax.jit(partial(collect_rollout, policy, config))
-        self.accumulate = jax.jit(accumulate, donate_argnums=3)
-        self.apply_gradients = jax.jit(apply, donate_argnums=0)
-        self.update_old_policy = jax.jit(partial(update_old_policy, self.algorithm), donate_argnums=0)
-        self._zero_grads = jax.jit(
-            lambda params: jax.lax.with_sharding_constraint(
-                jax.tree.map(jnp.zeros_like, params), layout.parameters(params)
-            )
-        )
+        def rollout(base: Params, old: Params, frozen: Params, batch: RolloutBatch) -> Rollout:
+            return collect_rollout(policy, config, base, old, frozen, batch)
+
+        def end_epoch(state: PPRLState) -> PPRLState:
+            return update_old_policy(algorithm, state)
+
+        def zero_grads(params: Params) -> Params:
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return jax.lax.with_sharding_constraint(zeros, layout.parameters(params))
+
+        self.algorithm = algorithm = config.make_algorithm(policy)
+        self.rollout = StoredFunction(rollout, trace=True)
+        self.accumulate = StoredFunction(accumulate, donate_argnums=3, trace=True)
+        self.apply_gradients = StoredFunction(apply, donate_argnums=0, trace=True)
+        self.update_old_policy = StoredFunction(end_epoch, donate_argnums=0, trace=True)
+        self._zero_grads = StoredFunction(zero_grads, trace=True)
 
     def zeros(self, params: Params) -> GradAccumulator:
         """Returns sums over no samples."""

@@ -25,11 +25,12 @@ from jaxtyping import PyTree
 
 from clvr_jax.display.console import Advance, console, progress
 from clvr_jax.errors import ClvrError
-from clvr_jax.files.buckets.paths import storage_path
+from clvr_jax.files.buckets.paths import is_bucket, storage_path
 from clvr_jax.files.buckets.run_files import RunFiles, run_files, staged
 from clvr_jax.files.json_input import JSON
 from clvr_jax.files.locks import check_lock
 from clvr_jax.processes import broadcast_decision, broadcast_from_host0
+from clvr_jax.programs import programs_in
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
@@ -144,6 +145,8 @@ def run_loop(
             goodput = stack.enter_context(Goodput())
         if config.goodput_logger:
             broadcast_from_host0(lambda: _log_to_cloud(goodput, out.name, config.goodput_logger))
+        if not is_bucket(out):
+            stack.enter_context(programs_in(out / "programs"))
         # Made here, so that no caller holds this state, whose memory is free once a checkpoint is restored.
         state = create()
         with goodput.phase("restore"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from clvr_jax.programs import StoredFunction
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.trees import Batch, Params
 
@@ -56,7 +57,8 @@ class TrainState:
             state: Self = start(params)
             return state
         params = jax.device_put(params, layout.parameters(params))
-        state = jax.jit(start, out_shardings=jax.eval_shape(start, params).shardings(layout))(params)
+        shardings = jax.eval_shape(start, params).shardings(layout)
+        state = StoredFunction[Self](start, out_shardings=shardings, trace=True)(params)
         return state
 
     @classmethod
@@ -166,7 +168,7 @@ def make_train_step(
             next_state = jax.lax.with_sharding_constraint(next_state, next_state.shardings(layout))
         return next_state, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return StoredFunction(train_step, donate_argnums=0, trace=True)
 
 
 def _mean_gradients(
