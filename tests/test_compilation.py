@@ -47,32 +47,45 @@ def start(directory, name, **variables):
     return Counter(json.loads(done.stderr.splitlines()[-1])), image, done.stderr
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """What all starts share: the cache of compiled programs, and a store of programs for those that use one."""
+    return tmp_path_factory.mktemp("starts")
+
+
+@pytest.fixture(scope="module")
+def without_store(directory):
+    """Two starts without a store of programs, of which the first finds an empty cache."""
+    return [start(directory, name) for name in ("first", "second")]
+
+
 @pytest.mark.slow
-def test_a_second_start_of_a_command_compiles_nothing(tmp_path):
-    first, _, _ = start(tmp_path, "first")
+def test_a_second_start_of_a_command_compiles_nothing(without_store):
+    (first, image, _), (second, same, _) = without_store
     requests = first["compile_requests_use_cache"]
     assert requests > 5
     assert first["cache_hits"] < requests
-    second, _, _ = start(tmp_path, "second")
     assert second["compile_requests_use_cache"] == second["cache_hits"] == requests
+    assert same == image
 
 
 @pytest.mark.slow
-def test_a_second_start_traces_none_of_the_large_functions(tmp_path):
-    variables = {"CLVR_PROGRAMS": str(tmp_path / "store")}
-    first, image, _ = start(tmp_path, "first", **variables)
+def test_a_second_start_traces_none_of_the_large_functions(directory, without_store):
+    store = directory / "store"
+    first, image, _ = start(directory, "stored", CLVR_PROGRAMS=str(store))
     assert all(first[name] for name in TRACED)
-    second, same, _ = start(tmp_path, "second", **variables)
+    assert image == without_store[0][1], "the program is the one that is compiled without a store"
+    second, same, _ = start(directory, "found", CLVR_PROGRAMS=str(store))
     assert not any(second[name] for name in TRACED)
     assert same == image, "the program is the same"
-    assert start(tmp_path, "without")[1] == image, "and the one that is compiled without a store"
-    for path in (tmp_path / "store").iterdir():
+    # All keys and the small programs: every function is traced again, and the two large ones are not compiled again.
+    for path in sorted(store.iterdir(), key=lambda path: path.stat().st_size)[:-2]:
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-    third, same, errors = start(tmp_path, "third", **variables)
+    third, same, errors = start(directory, "damaged", CLVR_PROGRAMS=str(store))
     assert all(third[name] for name in TRACED)
     assert same == image
     assert "damaged" in errors
-    assert not any(start(tmp_path, "fourth", **variables)[0][name] for name in TRACED)
+    assert not any(start(directory, "mended", CLVR_PROGRAMS=str(store))[0][name] for name in TRACED)
 
 
 @pytest.fixture
