@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,7 +38,8 @@ def random_module(make: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
             value = deviation * rng.standard_normal(leaf.shape)
         else:
             value = np.full(leaf.shape, path[-1] in ("scale", "running_var"))
-        values.append(jnp.asarray(value.astype(leaf.dtype)))
+        # `jnp.asarray` of a NumPy array is a program that is compiled for each shape; `device_put` is none.
+        values.append(jax.device_put(value.astype(leaf.dtype)))
     nnx.update(module, jax.tree.unflatten(jax.tree.structure(state), values))
     return module
 
@@ -84,7 +84,7 @@ def save_qwen3_vl_that_says(reply: str, small_qwen3_vl: Path, directory: Path) -
     head = np.zeros(embedding.T.shape, np.float32)
     for token, following in itertools.pairwise(said):
         head[:, following] = embedding[token]
-    model.model.language_model.embed_tokens.embedding[...] = jnp.asarray(embedding, jnp.float32)
-    model.lm_head.kernel[...] = jnp.asarray(head)
+    model.model.language_model.embed_tokens.embedding[...] = jax.device_put(embedding.astype(np.float32))
+    model.lm_head.kernel[...] = jax.device_put(head)
     chat.save_pretrained(directory)
     return directory

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -48,8 +47,12 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def load_tensors(model: nnx.Module, tensors: dict[str, np.ndarray], key_mapping: KeyMapping) -> None:
-    """Fills a module, of which shapes are enough, with PyTorch tensors, through the key mapping."""
-    nnx.update(model, jax.tree.map(jnp.asarray, state_from_torch(tensors, nnx.state(model), key_mapping)))
+    """Fills a module, of which shapes are enough, with PyTorch tensors, through the key mapping.
+
+    `jnp.asarray` would compile a program for each shape. `device_put` may share memory, so it is given a copy.
+    """
+    state = state_from_torch(tensors, nnx.state(model), key_mapping)
+    nnx.update(model, jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), state))
 
 
 def load_state(model: nnx.Module, reference: torch.nn.Module, key_mapping: KeyMapping) -> None:

@@ -37,7 +37,9 @@ def test_a_step_has_the_shapes_of_its_state(task):
 def test_the_export_draws_the_same_here_and_in_diffusers(task, tmp_path):
     """With weights as those of a run that has begun: at its start many are zero, and so is what it draws."""
     random = np.random.default_rng(1)
-    begun = jax.tree.map(lambda leaf: leaf + 0.02 * random.normal(size=leaf.shape).astype(leaf.dtype), task.params)
+    begun = jax.tree.map(
+        lambda leaf: np.asarray(leaf) + 0.02 * random.normal(size=leaf.shape).astype(leaf.dtype), task.params
+    )
     task.export(begun, tmp_path / "export")
     folder = str(tmp_path / "export")
     ours, theirs = SDXLPipeline.from_pretrained(folder), diffusers.StableDiffusionPipeline.from_pretrained(folder)

@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -62,7 +61,6 @@ class Kind:
 def _models(kind: Kind) -> Any:
     model, reference = abstract_module(kind.model), kind.reference()
     load_state(model, reference, kind.key_mapping)
-    nnx.update(model, jax.tree.map(jnp.asarray, nnx.state(model)))
     return model, reference
 
 

@@ -74,7 +74,7 @@ def test_the_way_back_gives_the_same_output_in_diffusers(kind, tmp_path):
     model, reference = kind.make_pair()
     random = np.random.default_rng(0)
     lora = init_lora(model, [r"to_[qk]\.", r"proj_out|linear_1|conv1"], 3, 4.5, jax.random.key(0))
-    lora = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), lora)
+    lora = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1 * random.normal(size=leaf.shape).astype(np.float32), lora)
     save_lora(tmp_path, lora, kind.key_mapping, model)
     kind.pipeline(reference).load_lora_weights(tmp_path)
     ours = outputs(kind, clvr.apply_delta(nnx.state(model), lora))
