@@ -34,9 +34,9 @@ from clvr_jax.worlds.shapes.prompts import train_prompt
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import COLORS, Scene, place
-from tests.conftest import OPTIMIZED
 
 ONE_DEVICE = MeshConfig(devices=1)
+SOME_OPTIMIZATIONS = {"xla_backend_optimization_level": 1}
 
 PARTS = {"vae": SHIPPED / "shapes-tiny" / "vae", "tokenizer": SHIPPED / "shapes-tiny" / "tokenizer"}
 # One optimizer step is enough to go through everything a recipe does.
@@ -57,15 +57,16 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
-    train = TrainConfig(steps=120, learning_rate=1.5e-3, b2=0.98, warmup=0.1, mesh=ONE_DEVICE)
+    train = TrainConfig(steps=140, learning_rate=2.5e-3, b2=0.98, warmup=0.1, mesh=ONE_DEVICE)
     config = dataclasses.replace(shapes_text_encoder.CONFIG, train=train, tokenizer=PARTS["tokenizer"])
     task = shapes_text_encoder.task(config)
-    kinds = (Kind(1.0, 32, planned_example),)
+    kinds = (Kind(1.0, 16, planned_example),)
     tokenizer = load_tokenizer(PARTS["tokenizer"])
     optimizer = train.optimizer()
     state = TrainState.create(task.params, optimizer)
     train_step = make_train_step(task.loss, optimizer, train)
-    train_step = train_step.lower(state, task.frozen, text_batch(0, 0, tokenizer, kinds)).compile(OPTIMIZED)
+    # Some ninety steps: all optimizations would cost more than they save.
+    train_step = train_step.lower(state, task.frozen, text_batch(0, 0, tokenizer, kinds)).compile(SOME_OPTIMIZATIONS)
     accuracies: list[float] = []
     # Of two or three objects with the right colors and shapes, a guess of who is where names half at best.
     while not np.mean(accuracies[-5:] or 0) > 0.6:
@@ -202,7 +203,8 @@ def test_batches_that_would_teach_nothing_are_refused(trained, kinds, said):
 
 @pytest.mark.slow
 def test_vision_and_language_are_two_parts_of_all_weights():
-    config = dataclasses.replace(shapes_controller.CONFIG, kinds=("image",), **PARTS)
+    start = SHIPPED / "shapes-tiny" / "controller"
+    config = dataclasses.replace(shapes_controller.CONFIG, kinds=("image",), start=start, **PARTS)
     names = {
         trained: {
             jax.tree_util.keystr(path)
