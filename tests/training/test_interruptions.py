@@ -132,11 +132,21 @@ def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
 
 
 def test_two_processes_of_four_devices_are_one_run_and_end_together_when_asked(undisturbed, tmp_path):
+    """Asked by Ctrl-C, which reaches both, then by SIGTERM; each time the run is resumed."""
     out = tmp_path / "run"
     process = start(CLUSTER, out, "--pause", "0.2", *SAVE_ONCE)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=150)
+    assert process.returncode == 130, told
+    assert "failed" not in told
+    interrupted = losses(out)[-1][0]
+    assert 8 <= interrupted < 40
+    ending = f"clvr: interrupted; line: step {interrupted} is saved, --resume continues the run"
+    assert told.splitlines()[-1] == ending
+    process = start(CLUSTER, out, "--resume", "--pause", "0.2", *SAVE_ONCE, step=interrupted + 4)
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=150)
-    assert 8 <= losses(out)[-1][0] < 40
+    assert interrupted + 4 <= losses(out)[-1][0] < 40
     done = run(CLUSTER, out, "--resume", *SAVE_ONCE)
     assert done.returncode == 0, done.stderr
     found, expected = losses(out), losses(undisturbed)

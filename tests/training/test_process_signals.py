@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from clvr_jax.cli import main
 from clvr_jax.training.distributed import virtual_devices
 from launch.local_cluster import free_port
-from tests.training.test_interruptions import CLUSTER, RECIPE, ROOT, TRAIN, losses, run, start
+from tests.training.test_interruptions import RECIPE, ROOT, TRAIN, losses, start
 
 LAUNCH = [sys.executable, str(ROOT / "launch" / "train.py")]
 SAVED = "step {} is saved, --resume continues the run"
@@ -101,24 +100,6 @@ def test_both_processes_save_the_same_step_and_end_with_one_line(send, codes, li
     assert losses(out)[-1][0] == step
     assert not (out / "export").exists()
     assert not (out / ".lock").exists()
-
-
-def test_a_run_that_ctrl_c_stopped_on_both_resumes_as_if_nothing_had_been(tmp_path):
-    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    cluster = [*CLUSTER[: CLUSTER.index("--devices")], "--devices", "1", str(RECIPE)]
-    process = start(
-        cluster, out, "--pause", "0.1", "--train.checkpoint.save-interval-minutes", "1000", "--train.steps", "20"
-    )
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 130, said
-    assert "failed" not in said
-    assert said.splitlines()[-1].startswith("clvr: interrupted; line: step ")
-    assert run(cluster, out, "--train.steps", "20", "--resume").returncode == 0
-    options = ["--train.steps", "20", "--train.mesh.devices", "1"]
-    assert main(["train", str(RECIPE), "--out", str(undisturbed), *options]) == 0
-    assert [step for step, _ in losses(out)] == list(range(1, 21))
-    np.testing.assert_allclose(losses(out), losses(undisturbed), rtol=1e-5)
 
 
 def test_a_second_run_into_one_directory_is_refused_and_the_first_is_unharmed(tmp_path, capsys):
