@@ -27,8 +27,11 @@ gc.disable()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Most of the time goes into compiling small programs, which run once or twice; `optimized` is for the others. XLA's
-# older emitters of code for CPUs compile in about a third of the time, if the program is one LLVM module.
-FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# older emitters of code for CPUs compile in about a third of the time, if the program is one LLVM module. For programs
+# that are optimized, level 1 takes two thirds of the time of level 3, and the shipped models run as fast.
+FAST_COMPILATION = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1"
+)
 os.environ["XLA_FLAGS"] = FAST_COMPILATION
 os.environ.update(virtual_devices(8))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
