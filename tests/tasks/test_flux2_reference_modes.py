@@ -1,7 +1,6 @@
 """Training computes what images attend to of their references as the model's setting says."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +10,7 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.tasks.flux2 import Flux2Models, Sampler, flux2_policy
 from clvr_jax.tasks.shapes.sft import sft_task
-from tests.models.parity import relative_error
+from tests.models.parity import relative_error, run_jitted
 
 GRID, TOKENS, COUNT = (4, 4), 16, 2
 
@@ -44,14 +43,20 @@ def expected_of(mode, transformer, references):
 @pytest.mark.slow
 def test_a_policy_attends_to_references_as_the_model(pipe, data):
     found = {}
-    weights, times = nnx.state(pipe.transformer), jnp.array([0.7])
+    weights, times = nnx.state(pipe.transformer), np.array([0.7], np.float32)
     for mode in ("none", "image", "loop"):
         policy = flux2_policy(Flux2Models.of(pipe, mode), Sampler(steps=2, guidance=1.0, size=64), "dots")
-        conditions = {"text": data["text"], "references": data["references"]}
-        found[mode] = jax.jit(lambda x, policy=policy, c=conditions: policy.predictor(weights, c)(x, times))(data["x"])
-        references = expected_of(mode, pipe.transformer, data["references"])
-        field = velocity_field(pipe.transformer, references, GRID, [GRID] * COUNT)
-        assert relative_error(found[mode], field(data["x"], times, data["text"])) < 1e-5
+
+        def predicted(weights, data, policy=policy):
+            conditions = {"text": data["text"], "references": data["references"]}
+            return policy.predictor(weights, conditions)(data["x"], times)
+
+        def expected(transformer, data, mode=mode):
+            references = expected_of(mode, transformer, data["references"])
+            return velocity_field(transformer, references, GRID, [GRID] * COUNT)(data["x"], times, data["text"])
+
+        found[mode] = jax.jit(predicted)(weights, data)
+        assert relative_error(found[mode], run_jitted(expected, pipe.transformer, data)) < 1e-5
     assert relative_error(found["loop"], found["image"]) > 1e-3
     assert relative_error(found["loop"], found["none"]) > 1e-3
 

@@ -212,19 +212,21 @@ def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_
     assert drawn.nfe == 4
     ids, mask = encode_prompts(student.tokenizer, ["a red circle"], student.settings.text_buckets)
 
+    graphdefs, states = zip(*map(nnx.split, (student.text_encoder, student.transformer, student.vae)), strict=True)
+
     @jax.jit
-    def draw(noise):
-        layers = student.settings.text_encoder_out_layers
-        text = jnp.concatenate(student.text_encoder.hidden_states(ids, mask, layers), -1)
-        field = velocity_field(student.transformer, jnp.zeros((1, 0, 32)), (4, 4), [])
+    def draw(states, noise):
+        text_encoder, transformer, vae = map(nnx.merge, graphdefs, states)
+        text = jnp.concatenate(text_encoder.hidden_states(ids, mask, student.settings.text_encoder_out_layers), -1)
+        field = velocity_field(transformer, jnp.zeros((1, 0, 32)), (4, 4), [])
 
         def velocity(x, sigma):
             return field(x, jnp.full(1, sigma), text)
 
         path = follow_windows(velocity, velocity, noise, jnp.ones(1, bool), SIGMAS, 1)
-        return student.vae.decode_tokens(path.ends[:, -1].reshape(1, 4, 4, -1)) / 2 + 0.5
+        return vae.decode_tokens(path.ends[:, -1].reshape(1, 4, 4, -1)) / 2 + 0.5
 
-    again = draw(latents.reshape(1, 32, 16).swapaxes(1, 2))
+    again = draw(states, latents.reshape(1, 32, 16).swapaxes(1, 2))
     np.testing.assert_allclose(np.clip(again, 0, 1), drawn.images, atol=2e-4)
 
 
