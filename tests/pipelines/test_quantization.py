@@ -59,7 +59,6 @@ def quantized_in_memory(part):
     return leaves_of(jax.jit(lambda state: nnx.state(quantize_layers(nnx.merge(graphdef, state))))(state))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, devices=4), MeshConfig(fsdp=8)])
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_are_quantized_on_loading_as_in_memory(part, mesh):

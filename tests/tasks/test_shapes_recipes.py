@@ -201,7 +201,6 @@ def test_batches_that_would_teach_nothing_are_refused(trained, kinds, said):
         shapes_controller.task(config)
 
 
-@pytest.mark.slow
 def test_vision_and_language_are_two_parts_of_all_weights():
     start = SHIPPED / "shapes-tiny" / "controller"
     config = dataclasses.replace(shapes_controller.CONFIG, kinds=("image",), start=start, **PARTS)
