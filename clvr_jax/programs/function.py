@@ -265,7 +265,7 @@ def _zeros(program: _Program, own: Signature) -> Any:
     zeros = []
     for each, sharding in zip(outputs, shardings, strict=True):
         value = np.zeros(each.shape, each.dtype)
-        zeros.append(jax.device_put(value, sharding if is_committed else None))  # `jnp.asarray` compiles a program
+        zeros.append(jax.device_put(value, sharding) if is_committed else jnp.asarray(value))
     return jax.tree.unflatten(tree, zeros)
 
 
