@@ -18,6 +18,7 @@ from clvr_jax.data.shapes_distractors import (
     recolor_objects,
 )
 from clvr_jax.data.shapes_verification import (
+    BARE_CHECKLIST,
     CHECKLIST_MISSING,
     comparisons_chat,
     conversation_chat,
@@ -64,8 +65,9 @@ def test_most_plans_have_the_requirements_in_their_input():
     rng = np.random.default_rng(SEED)
     asked = [texts(plan_chat(rng).messages, "user")[0] for _ in range(400)]
     without = [text for text in asked if "\nRequired: " not in text]
-    error = (CHECKLIST_MISSING * (1 - CHECKLIST_MISSING) / 400) ** 0.5
-    assert len(without) / 400 == pytest.approx(CHECKLIST_MISSING, abs=4 * error)  # four standard errors, seed 3
+    expected = (1 - BARE_CHECKLIST) * CHECKLIST_MISSING
+    error = (expected * (1 - expected) / 400) ** 0.5
+    assert len(without) / 400 == pytest.approx(expected, abs=4 * error)  # four standard errors, seed 3
     assert all(read_requirements(text.split("\n")[-1]) for text in asked if text not in without)
 
 
