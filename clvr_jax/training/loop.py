@@ -30,7 +30,7 @@ from clvr_jax.files.buckets.run_files import RunFiles, run_files, staged
 from clvr_jax.files.json_input import JSON
 from clvr_jax.files.locks import check_lock
 from clvr_jax.processes import broadcast_decision, broadcast_from_host0
-from clvr_jax.programs import programs_in
+from clvr_jax.programs.settings import programs_in
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown

@@ -32,6 +32,6 @@ def nonfinite_report(
     found = [f"{key.replace('_', ' ')} {value}" for key, value in values.items() if not math.isfinite(value)]
     text = ", ".join(found) or "loss or gradients are not finite"
     count = skipped - before
-    steps = "1 optimizer step was" if count == 1 else f"{count} optimizer steps were"
+    steps = "1 optimizer step was skipped" if count == 1 else f"{count} optimizer steps were skipped"
     since = f" of {unit} {numbers[0]} to {iteration}" if len(pending) > 1 else ""
-    return f"{name}: {unit} {where}: {text}; {steps} skipped{since}, which changed no parameters"
+    return f"{name}: {unit} {where}: {text}; {steps}{since}, which changed no parameters"
