@@ -54,6 +54,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(devices=1)])
 def test_a_restart_on_another_machine_compiles_nothing_and_has_the_same_losses(tmp_path, mesh):
     train, task = dataclasses.replace(TRAIN, mesh=mesh), line_recipe.task(line_recipe.CONFIG)
