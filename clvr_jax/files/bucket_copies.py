@@ -88,9 +88,10 @@ def _updated(source: Path, directory: Path, patterns: Sequence[str]) -> Path:
 
 
 def _is_wanted(name: str, patterns: Sequence[str]) -> bool:
-    is_hidden = any(part.startswith(".") for part in name.split("/"))
+    # Hidden files are left out; "..", and an empty part as in gs://NAME/PREFIX//etc, would be outside of the copy.
+    is_below = all(part and not part.startswith(".") for part in name.split("/"))
     is_read = not name.endswith(_WEIGHTS) or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    return is_read and not is_hidden and name != COMMIT and ".." not in name.split("/")
+    return is_read and is_below and name != COMMIT
 
 
 def _known(directory: Path) -> Mapping[str, int]:

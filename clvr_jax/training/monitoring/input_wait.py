@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -61,6 +60,3 @@ def stalled(name: str, step: int, seconds: float) -> str:
 
 def _is_done(batch: Future[Any], seconds: float) -> bool:
     return bool(concurrent.futures.wait([batch], max(seconds, 0.0)).done)
-
-
-Wait = Callable[[Future[Any], int], None]

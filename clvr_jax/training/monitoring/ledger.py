@@ -14,6 +14,7 @@ killed start lost is known when the next one begins: iterations after the restor
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,10 +167,8 @@ def read_ledgers(path: Path) -> Iterator[Ledger]:
 
 def read_ledger(path: Path) -> Ledger:
     """Returns the account of a run up to now. Raises: as `read_ledgers`."""
-    ledger = Ledger()
-    for ledger in read_ledgers(path):  # noqa: B007 - the last one
-        pass
-    return ledger
+    last = deque(read_ledgers(path), maxlen=1)
+    return last[0] if last else Ledger()
 
 
 def _seconds(row: JsonObject) -> dict[str, float]:
