@@ -42,6 +42,10 @@ class Config:
     """Configuration of the distillation."""
     model: str = ""
     """Start from this base model: a pipeline directory or a Hugging Face id; it must be given to train."""
+    reference_cache: Literal["none", "image", "loop"] | None = None
+    """Train the student to attend to references like this: as tokens in every step (none), through keys and values that
+    are computed once for an image (image), or that are kept for the whole loop (loop). As the teacher does if it is not
+    given; it is written into the exported model."""
     dataset: StoragePath = Path("data/trajectories")
     """Train on this dataset of trajectories, a directory that `clvr synth` wrote, also in a bucket."""
     batch_size: int = 64
@@ -66,7 +70,13 @@ def task(config: Config) -> Task:
     pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
     batches = flux2.trajectory_batches(pipe, config.dataset, config.batch_size, config.train.seed, dropout=0.0)
     return flux2.pipeline_distill_task(
-        "distillation of FLUX.2", pipe, config.train, config.distill, batches, config.remat
+        "distillation of FLUX.2",
+        pipe,
+        config.train,
+        config.distill,
+        batches,
+        config.remat,
+        reference_cache=config.reference_cache,
     )
 
 
@@ -75,4 +85,6 @@ def abstract_task(config: Config) -> Task:
     models = flux2.Flux2Models.abstract(config.preset, config.train.compute_dtype)
     batches = models.abstract_batches(config.batch_size, config.size, config.references)
     name = f"distillation of {config.preset}"
-    return flux2.distill_task(name, models, config.train, config.distill, batches, no_export, config.remat)
+    return flux2.distill_task(
+        name, models, config.train, config.distill, batches, no_export, config.remat, config.reference_cache
+    )

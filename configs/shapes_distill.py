@@ -13,10 +13,15 @@ processes, with everything compiled before); its loss was .021 then.
 
 import dataclasses
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
+from clvr_jax.data.shapes_corrections import rollout_examples
+from clvr_jax.data.trajectories.dataset import saved_trajectories
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.tasks import flux2
-from clvr_jax.tasks.shapes import BASE_KINDS, SETTINGS, SFT_KINDS, Kind, batch
+from clvr_jax.tasks.shapes import BASE_KINDS, SETTINGS, SFT_KINDS, Kind, batch, rollout_kinds
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.objectives.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -32,6 +37,12 @@ def _kinds(kinds: tuple[Kind, ...], share: float) -> tuple[Kind, ...]:
 
 # Later images are rare, and each number of images is a program to compile.
 KINDS = (*_kinds(BASE_KINDS, 0.7), *_kinds(SFT_KINDS[:5], 0.3))
+
+
+def _kinds_of(rollouts: Path, tokenizer: Tokenizer) -> tuple[Kind, ...]:
+    """Returns kinds of which most have the references of these trajectories."""
+    examples = rollout_examples(saved_trajectories(rollouts), tokenizer, max(SETTINGS.text_buckets))
+    return (*_kinds(BASE_KINDS, 0.4), *_kinds(rollout_kinds(examples, 0.6), 0.6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +63,12 @@ class Config:
     """Configuration of the distillation."""
     model: str = "shapes-tiny-base"
     """Distill this model: a shipped name or a pipeline directory."""
+    reference_cache: Literal["none", "image", "loop"] | None = None
+    """Train the student to attend to references like this: as tokens in every step (none), through keys and values that
+    are computed once for an image (image), or that are kept for the whole loop (loop). As the teacher does if it is not
+    given; it is written into the exported model."""
+    rollouts: Path | None = None
+    """Condition most images on the histories of this directory of trajectories, which `shapes_rollouts` wrote."""
 
 
 CONFIG = Config()
@@ -60,7 +77,14 @@ CONFIG = Config()
 def task(config: Config) -> Task:
     """Returns the task for the trainer."""
     pipe = Flux2Pipeline.from_pretrained(config.model)
-    batches = partial(batch, seed=config.train.seed, tokenizer=pipe.tokenizer, dropout=0.0, kinds=KINDS)
+    kinds = KINDS if config.rollouts is None else _kinds_of(config.rollouts, pipe.tokenizer)
+    batches = partial(batch, seed=config.train.seed, tokenizer=pipe.tokenizer, dropout=0.0, kinds=kinds)
     return flux2.pipeline_distill_task(
-        "shapes distillation", pipe, config.train, config.distill, batches, save_dtype="float32"
+        "shapes distillation",
+        pipe,
+        config.train,
+        config.distill,
+        batches,
+        save_dtype="float32",
+        reference_cache=config.reference_cache,
     )

@@ -1,6 +1,7 @@
 """Few-step distillation of FLUX.2's transformer with its own parameters."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from clvr_jax.diffusion import flow_sigmas
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import attended_references, encode_references, encode_text, velocity_field
+from clvr_jax.pipelines.flux2.settings import ReferenceMode
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights
 from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
@@ -29,6 +31,7 @@ def pipeline_distill_task(
     batches: Batches,
     remat: str = "dots",
     save_dtype: str = "bfloat16",
+    reference_cache: ReferenceMode | None = None,
 ) -> Task:
     """Returns the task of distilling a loaded pipeline; exports one that samples in few steps without guidance.
 
@@ -38,14 +41,19 @@ def pipeline_distill_task(
       train, distill, remat: see `distill_task`.
       batches: of the form of `Flux2Models.abstract_batches`.
       save_dtype: of the exported weights.
-    Raises: ClvrError if the pipeline is a distilled one.
+      reference_cache: how the student attends to references; as the teacher does if None.
+    Raises: see `distill_task`.
     """
     models = Flux2Models.of(pipe)
-    _check_base(name, models)
     settings = dataclasses.replace(
-        pipe.settings, is_distilled=True, num_inference_steps=distill.steps, guidance_scale=1.0
+        pipe.settings,
+        is_distilled=True,
+        num_inference_steps=distill.steps,
+        guidance_scale=1.0,
+        reference_cache=reference_cache or pipe.settings.reference_cache,
     )
-    return distill_task(name, models, train, distill, batches, pipeline_export(pipe, save_dtype, settings), remat)
+    export = pipeline_export(pipe, save_dtype, settings)
+    return distill_task(name, models, train, distill, batches, export, remat, reference_cache)
 
 
 def distill_task(
@@ -56,6 +64,7 @@ def distill_task(
     batches: Batches,
     export: Export,
     remat: str = "dots",
+    reference_cache: ReferenceMode | None = None,
 ) -> Task:
     """Returns the task of distilling a transformer into its own few steps; master weights are float32.
 
@@ -66,15 +75,24 @@ def distill_task(
       batches: of the form of `Flux2Models.abstract_batches`; only the size of the target images is used.
       export: of the trained weights.
       remat: what the backward pass keeps of each block, a name in `layers.REMAT`.
-    Raises: ClvrError if the model is a distilled one.
+      reference_cache: how the student attends to references; as the teacher does if None.
+    Raises: ClvrError if the model is a distilled one, but for a student that learns from it without guidance to attend
+      to references in another way.
     """
-    _check_base(name, models)
+    teacher_mode = models.settings.reference_cache
+    mode = reference_cache or teacher_mode
+    if models.settings.is_distilled and (mode == teacher_mode or distill.passes > 1):
+        raise ClvrError(
+            f"{name}: the model is distilled already; give its base, or another --reference-cache than"
+            f" {teacher_mode} with --distill.guidance 1"
+        )
     layers, token = models.settings.text_encoder_out_layers, models.vae.config.token_pixels
     dtype = jnp.dtype(train.compute_dtype)
     graphdef = models.training_graphdef(dtype, remat)
-    text_encoder_def, vae_def, counts = models.text_encoder.graphdef, models.vae.graphdef, models.counts
+    text_encoder_def, vae_def = models.text_encoder.graphdef, models.vae.graphdef
+    teacher_counts = models.counts
+    counts = dataclasses.replace(teacher_counts, mode=mode)
     channels, empty_text = models.transformer.config.in_channels, models.empty_text
-    mode = models.settings.reference_cache
 
     def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         rows, grid = len(data["ids"]), tuple(side // token for side in data["target"].shape[1:3])
@@ -83,12 +101,12 @@ def distill_task(
         def read(ids: ArrayLike, mask: ArrayLike) -> jax.Array:
             return encode_text(text_encoder_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
 
-        def network(weights: Params) -> Field:
+        def network(attention: ReferenceMode, weights: Params) -> Field:
             model = nnx.merge(graphdef, weights)
 
             def field(x: jax.Array, t: jax.Array, condition: Params) -> jax.Array:
                 sizes = [grid] * count
-                references = attended_references(model, condition["references"], sizes, mode)
+                references = attended_references(model, condition["references"], sizes, attention)
                 return velocity_field(model, references, grid, sizes)(x, t, condition["text"])
 
             return field
@@ -99,7 +117,7 @@ def distill_task(
         nothing = jnp.repeat(read(*empty_text(data["ids"].shape[1])), rows, axis=0)
         noise_key, loss_key = jax.random.split(key)
         return distillation_loss(
-            network,
+            partial(network, mode),
             params,
             frozen["teacher"],
             conditional,
@@ -108,14 +126,15 @@ def distill_task(
             flow_sigmas(distill.steps, grid[0] * grid[1]),
             distill,
             loss_key,
+            partial(network, teacher_mode),
         )
 
     def flops_of(evaluation: Flops, trained: float, batch: Batch) -> float:
         """Returns the FLOPs of a step in which each of the student's steps takes `trained` to learn from."""
         # In all windows: the teacher's evaluations, and one of the student, which samples.
-        sampled = evaluation.forward * distill.steps * (distill.substeps * distill.passes + 1)
+        guiding = teacher_counts.evaluation(batch).forward * distill.substeps * distill.passes
         encoders = counts.encoders(batch, images=batch["references"].shape[1])
-        return distill.steps * trained + sampled + encoders.forward
+        return distill.steps * (trained + guiding + evaluation.forward) + encoders.forward
 
     def flops(batch: Batch) -> float:
         evaluation = counts.evaluation(batch)
@@ -140,8 +159,3 @@ def distill_task(
         hardware_flops=hardware_flops,
         tokens=counts.tokens,
     )
-
-
-def _check_base(name: str, models: Flux2Models) -> None:
-    if models.settings.is_distilled:
-        raise ClvrError(f"{name}: the model is distilled already; give its base")

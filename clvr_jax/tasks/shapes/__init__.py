@@ -5,7 +5,7 @@ from clvr_jax.tasks.shapes.base import base_task
 from clvr_jax.tasks.shapes.batches import BASE_KINDS, Kind, batch, examples
 from clvr_jax.tasks.shapes.controller import controller_task
 from clvr_jax.tasks.shapes.controller_batches import ControllerBatches, ControllerData
-from clvr_jax.tasks.shapes.sft import SFT_KINDS, recorded_examples, recorded_kinds, sft_task
+from clvr_jax.tasks.shapes.sft import SFT_KINDS, recorded_examples, recorded_kinds, rollout_kinds, sft_task
 from clvr_jax.tasks.shapes.sizes import SETTINGS
 from clvr_jax.tasks.shapes.stable_diffusion import stable_diffusion_task
 from clvr_jax.tasks.shapes.text_encoder import text_encoder_task
@@ -24,6 +24,7 @@ __all__ = [
     "examples",
     "recorded_examples",
     "recorded_kinds",
+    "rollout_kinds",
     "sft_task",
     "stable_diffusion_task",
     "text_encoder_task",

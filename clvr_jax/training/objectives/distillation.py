@@ -75,24 +75,26 @@ def distillation_loss(
     sigmas: ArrayLike,
     config: DistillConfig,
     key: jax.Array,
+    teacher_network: Callable[[Params], Field] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the loss of a student, whose parameters are differentiated, on the paths from some noise.
 
     Args:
-      network: weights -> field.
+      network: weights -> field, of the student.
       params, teacher: weights of the student and of the teacher.
       conditional, unconditional: conditions with a row for each of `noise_btc`; without guidance the latter is unused.
       noise_btc: where the paths begin.
       sigmas: (steps + 1,) the student's noise levels, from 1 down to 0.
       config: see `DistillConfig`.
       key: for the rows that follow the student, and for timesteps.
+      teacher_network: the same of the teacher, if it computes another function of its weights.
     Returns: scalar, float32; and the part of each window, `loss_window_0` and so on.
     """
     row_key, time_key = jax.random.split(key)
     count = noise_btc.shape[0]
     # The states of the student are not differentiated, only its velocity there.
     own = _at_all(network(jax.lax.stop_gradient(params)))
-    guide = _at_all(network(teacher))
+    guide = _at_all((teacher_network or network)(teacher))
     path = follow_windows(
         classifier_free_guidance(guide, conditional, unconditional, config.guidance)
         if config.passes == 2

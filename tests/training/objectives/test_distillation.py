@@ -182,6 +182,17 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_and_eight_devices_compute_th
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
 
 
+def test_a_teacher_may_compute_another_function_of_its_weights():
+    def network(sign):
+        return lambda weights: lambda x, t, condition: sign * weights * jnp.ones_like(x)
+
+    config = DistillConfig(guidance=1.0, substeps=1)
+    loss, _ = distillation_loss(
+        network(1), 0.3, 0.7, {}, {}, NOISE, SIGMAS, config, jax.random.key(3), teacher_network=network(-1)
+    )
+    np.testing.assert_allclose(loss, (0.3 + 0.7) ** 2, rtol=1e-4)
+
+
 def batches(step):
     rng = np.random.default_rng(step)
     return {
@@ -190,6 +201,17 @@ def batches(step):
         "references": rng.integers(0, 255, (2, 1, 64, 64, 3)).astype(np.uint8),
         "target": np.zeros((2, 64, 64, 3), np.uint8),
     }
+
+
+@pytest.mark.slow
+def test_a_distilled_model_teaches_itself_to_attend_to_references_in_another_way(tmp_path):
+    train = dataclasses.replace(TRAIN, steps=1)
+    pipe = small_flux2("shapes-tiny")
+    distill = DistillConfig(substeps=1, guidance=1.0)
+    task = pipeline_distill_task("tiny", pipe, train, distill, batches, save_dtype="float32", reference_cache="loop")
+    fit(task, train, tmp_path)
+    student = Flux2Pipeline.from_pretrained(str(tmp_path / "export"))
+    assert (student.settings.reference_cache, student.settings.is_distilled) == ("loop", True)
 
 
 @pytest.mark.slow
@@ -204,8 +226,10 @@ def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_
     ours, theirs = (leaves_by_path(nnx.state(pipe.transformer)) for pipe in (student, teacher))
     assert {path: leaf.shape for path, leaf in ours.items()} == {path: leaf.shape for path, leaf in theirs.items()}
     assert any((ours[path] != theirs[path]).any() for path in ours)
-    with pytest.raises(ClvrError, match="distilled already"):
+    with pytest.raises(ClvrError, match="distilled already; give its base, or another --reference-cache than none"):
         pipeline_distill_task("tiny", student, train, distill, batches)
+    with pytest.raises(ClvrError, match="with --distill.guidance 1"):
+        pipeline_distill_task("tiny", student, train, distill, batches, reference_cache="loop")
     # A path of one substep, all of it the student's, ends in the picture that the pipeline draws of the same noise.
     latents = np.random.default_rng(5).normal(size=(1, 32, 4, 4)).astype(np.float32)
     drawn = student("a red circle", latents=latents, output_type="np", guidance_scale=9.0)  # guidance is baked in
