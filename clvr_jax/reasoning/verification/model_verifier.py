@@ -45,7 +45,7 @@ from clvr_jax.reasoning.verification.verification import (
 _RETRY_TEMPERATURE = 0.7
 _TOP_LOGPROBS = 5
 _CONTRADICTORY = 0.5
-"""Certainty of a no that contradicts the description in every sample: the comparison is wrong, its verdict may not be."""
+"""Certainty of a no that contradicts the description in all samples: it compares wrongly, yet may be right."""
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
 
