@@ -251,6 +251,13 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     return out
 
 
+def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the shapes and dtypes of a tree of arrays or shapes with a sharding for each."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
 def replicate(params: Params) -> Params:
     """Replicates parameters on every device from this point of a program on; without a layout, returns them unchanged.
 

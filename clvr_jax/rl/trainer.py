@@ -74,6 +74,7 @@ def fit(
             _check_identity(config, out)
         return run_loop(
             config.loop(task.name),
+            lambda: PPRLState.abstract(task.params, config.optimizer.make(), layout),
             lambda: PPRLState.create(task.params, config.optimizer.make(), layout),
             make_runner,
             export,

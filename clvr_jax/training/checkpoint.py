@@ -55,13 +55,13 @@ class Checkpoints:
             reason = error.strerror or " ".join(str(error).split())[:200]
             raise ClvrError(f"{directory}: cannot hold checkpoints ({reason}); choose another --out") from error
 
-    def restore_or(self, state: PyTree, *, resume: bool) -> tuple[PyTree, Mapping[str, JSON]]:
+    def restore(self, abstract: PyTree, *, resume: bool) -> tuple[PyTree, Mapping[str, JSON]] | None:
         """Restores the newest checkpoint if there is one and `resume` is set.
 
         Args:
-          state: of step 0; a checkpoint is restored with its shardings, whatever mesh it was saved from.
+          abstract: the state's tree of shapes, dtypes and shardings, whatever mesh it was saved from; or of arrays.
           resume: whether there may be checkpoints.
-        Returns: the restored state, or `state`; and the state of the data iterator, empty if there is none.
+        Returns: the state, and that of the data iterator, which may be empty; None if there is no checkpoint.
         Raises: UsageError if there are checkpoints and `resume` is not set; ClvrError if one is of another model.
         """
         step = self._manager.latest_step()
@@ -69,8 +69,8 @@ class Checkpoints:
             raise _occupied(self._directory, step)
         self._remove_torn()
         if step is None:
-            return state, {}
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), input=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=wanted)

@@ -108,6 +108,7 @@ class LoopConfig:
 
 def run_loop(
     config: LoopConfig,
+    abstract: Callable[[], State],
     create: Callable[[], State],
     make_runner: Callable[[range, IteratorState], contextlib.AbstractContextManager[Runner[State]]],
     export: Callable[[State, Path], None],
@@ -122,7 +123,8 @@ def run_loop(
 
     Args:
       config: of the loop.
-      create: () -> state of iteration 0 on the devices; a checkpoint is restored with the same shardings.
+      abstract: () -> shapes, dtypes and shardings of the state, with which a checkpoint is restored.
+      create: () -> state of iteration 0 on the devices; called if there is no checkpoint.
       make_runner: (iterations that will be run, state of the data iterator or {}) -> context of the runner.
       export: (final state, directory) -> None.
       out: directory of the run, which may be in a bucket: `checkpoints/`, `metrics.jsonl`, TensorBoard events,
@@ -147,11 +149,11 @@ def run_loop(
             broadcast_from_host0(lambda: _log_to_cloud(goodput, out.name, config.goodput_logger))
         if not is_bucket(out):
             stack.enter_context(programs_in(out / "programs"))
-        # Made here, so that no caller holds this state, whose memory is free once a checkpoint is restored.
-        state = create()
+        shapes = abstract()
         with goodput.phase("restore"):
             checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", config.checkpoint.max_to_keep))
-            state, iterator_state = checkpoints.restore_or(state, resume=resume)
+            restored = checkpoints.restore(shapes, resume=resume)
+        state, iterator_state = restored if restored is not None else (create(), {})
         if on_begin is not None:
             on_begin()
         start, end = int(state.iteration), min(config.iterations, stop_after or config.iterations)

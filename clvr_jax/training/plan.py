@@ -24,7 +24,7 @@ from clvr_jax.cost_model.report import JointReport, Report, Stage, elements_per_
 from clvr_jax.cost_model.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.json_input import JSON
-from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
+from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout, with_shardings
 from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.prefetch import DataIterator, check_batch
 from clvr_jax.training.recipes import Recipe, RecipeConfig
@@ -226,13 +226,12 @@ def _changed(config: RecipeConfig, mesh: MeshConfig, batch: int | None) -> Recip
 
 def _plan_step(task: Task, train: TrainConfig, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
     optimizer = train.optimizer()
-    state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), _shapes(task.params))
-    state = _with(state, state.shardings(layout))
-    frozen = _with(_shapes(task.frozen), layout.parameters(task.frozen))
+    state = TrainState.abstract(_shapes(task.params), optimizer, layout)
+    frozen = with_shardings(_shapes(task.frozen), layout.parameters(task.frozen))
     batch = _shapes(next(task.batches) if isinstance(task.batches, DataIterator) else task.batches(0))
     check_batch(batch, layout, train.gradient_accumulation_steps)
     step = make_train_step(task.loss, optimizer, train.step, layout)
-    compiled, text = _compiled(step, (state, frozen, _with(batch, layout.batch(batch))), layout)
+    compiled, text = _compiled(step, (state, frozen, with_shardings(batch, layout.batch(batch))), layout)
     held, read = (elements_per_chip(tree) for tree in (state.params, frozen))
     # Products that are sharded by heads need only their shard of each weight; all others gather it.
     gathered = sum(leaf.size for leaf in jax.tree.leaves(task.params)) / layout.mesh.shape["tensor"]
@@ -252,11 +251,11 @@ def _plan_step(task: Task, train: TrainConfig, layout: MeshLayout, chips: Topolo
 
 
 def _plan_program(program: Program, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
-    weights = {name: _with(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
+    weights = {name: with_shardings(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
     data = _shapes(program.data)
     check_batch(jax.ShapeDtypeStruct((program.rows,), bool) if program.rows else data, layout, 1)
     function = jax.jit(program.function, donate_argnums=(1,) if program.donates else ())
-    compiled, text = _compiled(function, (weights, _with(data, program.shardings(layout))), layout)
+    compiled, text = _compiled(function, (weights, with_shardings(data, program.shardings(layout))), layout)
     tensor = layout.mesh.shape["tensor"]
     traffic = sum(
         program.reads[name] * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / tensor
@@ -298,7 +297,7 @@ def _plan_together(
 
 
 def _bytes_per_chip(tree: PyTree, shardings: PyTree) -> int:
-    placed = jax.tree.leaves(_with(_shapes(tree), shardings))
+    placed = jax.tree.leaves(with_shardings(_shapes(tree), shardings))
     return sum(elements_per_chip(leaf) * leaf.dtype.itemsize for leaf in placed)
 
 
@@ -332,9 +331,3 @@ def _does_not_fit(said: str) -> DoesNotFitError:
 
 def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def _with(tree: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
-    )

@@ -147,6 +147,7 @@ def fit(
     with mesh_of(config.mesh) as layout:
         return run_loop(
             config.loop(task.name),
+            lambda: TrainState.abstract(task.params, config.optimizer(), layout),
             lambda: TrainState.create(task.params, config.optimizer(), layout),
             lambda steps, iterator_state: _step_runner(task, config, layout, steps, iterator_state),
             lambda state, directory: export_in_process_0(task.export, state.ema, directory),

@@ -143,4 +143,4 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path):
 
 def resumed(run, state):
     with Checkpoints(run) as checkpoints:
-        return checkpoints.restore_or(state, resume=True)
+        return checkpoints.restore(state, resume=True)

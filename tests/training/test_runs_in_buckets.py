@@ -118,7 +118,7 @@ def test_what_a_killed_run_left_incomplete_is_removed_and_never_restored(bucket)
     params, step = restore_part(run, "params", abstract)
     assert step == 2
     with Checkpoints(run) as checkpoints:
-        restored, position = checkpoints.restore_or(state, resume=True)
+        restored, position = checkpoints.restore(state, resume=True)
         assert position == {"position": 1}
         assert {name.partition("/")[0] for name in objects.names(run)} == {"2"}
         checkpoints.save(4, state, {"position": 3})
@@ -129,7 +129,7 @@ def test_what_a_killed_run_left_incomplete_is_removed_and_never_restored(bucket)
         if not name.endswith(objects.COMMIT):
             objects.delete(run / "2" / name)
     with Checkpoints(run) as checkpoints:
-        assert checkpoints.restore_or(state, resume=True)[1] == {"position": 3}
+        assert checkpoints.restore(state, resume=True)[1] == {"position": 3}
         checkpoints.save(6, state, {"position": 4})
         checkpoints.save(8, state, {"position": 5})
     assert {name.partition("/")[0] for name in objects.names(run)} == {"6", "8"}

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from clvr_jax.programs import StoredFunction
-from clvr_jax.sharding import MeshLayout
+from clvr_jax.sharding import MeshLayout, with_shardings
 from clvr_jax.trees import Batch, Params
 
 Metrics = dict[str, jax.Array]
@@ -60,6 +60,13 @@ class TrainState:
         shardings = jax.eval_shape(start, params).shardings(layout)
         state = StoredFunction[Self](start, out_shardings=shardings, trace=True)(params)
         return state
+
+    @classmethod
+    def abstract(cls, params: Params, optimizer: optax.GradientTransformation, layout: MeshLayout) -> Self:
+        """Returns shapes, dtypes and shardings of the state that `create` returns; shapes are enough."""
+        state: Self = jax.eval_shape(lambda params: cls(**cls._initial(params, optimizer)), params)
+        placed: Self = with_shardings(state, state.shardings(layout))
+        return placed
 
     @classmethod
     def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, PyTree]:
