@@ -19,6 +19,8 @@ _SAMPLING = {"model_index.json": ("is_distilled",), "clvr.json": ("num_inference
 """Files of a pipeline -> their fields that determine how to sample from its model."""
 _MODE = "reference_cache"
 """Field of clvr.json: how a model was trained to attend to references."""
+_ATTENTION = ("_class_name", _MODE)
+"""Fields of these files that say how references are attended to; they are set by `_references`."""
 _OWN_FILES = {"README.md", MERGE, OLD_MERGE, REPORT, *PLOTS}
 
 
@@ -108,6 +110,11 @@ def plan_merge(
     changed = _references(copied, of_align)
     if changed:
         notes.append(f"references are attended to as in align: {_described(_reference_cache(of_align.origin.path))}")
+        if (other := _reference_cache(of_distill.origin.path)) != _reference_cache(of_align.origin.path):
+            notes.append(
+                f"distill was trained to attend to them otherwise ({_described(other)}), which costs accuracy; clvr "
+                "train flux2_distill --reference-cache trains it as align"
+            )
     return Merge(settings, of_base, of_distill, of_align, weights, copied, changed, scheduler, tuple(notes), force)
 
 
@@ -146,7 +153,7 @@ def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]
         if own == other:
             continue
         fields_of_distill = ", ".join(f"{field} {json.dumps(value)}" for field, value in other.items())
-        if rest == other_rest:
+        if _parted(rest, _ATTENTION)[0] == _parted(other_rest, _ATTENTION)[0]:
             yield name, theirs, f"the sampling options are those of distill: {fields_of_distill}"
         else:
             note = f"{name} is the base's, because other fields differ too; sample as distill: {fields_of_distill}"

@@ -251,21 +251,28 @@ def files(root):
 
 
 @pytest.mark.parametrize("with_clvr", [True, False])
-def test_references_are_attended_to_as_in_the_aligned_model(tmp_path, with_clvr):
+@pytest.mark.parametrize("is_distilled_so", [True, False])
+def test_references_are_attended_to_as_in_the_aligned_model(tmp_path, with_clvr, is_distilled_so):
     weights = random_tensors(0)
-    sampling = {"num_inference_steps": 28} if with_clvr else None
-    base = pipeline(tmp_path / "base", weights, sampling=sampling)
-    distill = pipeline(tmp_path / "distill", tuned(weights, 1), distilled=True, sampling=sampling)
-    align = pipeline(tmp_path / "align", tuned(weights, 2), sampling={"reference_cache": "loop"})
-    index = json.loads((align / "model_index.json").read_text())
-    (align / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinKVPipeline"}))
+    sampling = {"num_inference_steps": 4} if with_clvr else None
+    slow = {"num_inference_steps": 28} if with_clvr else None
+    cached = {"reference_cache": "loop"}
+    base = pipeline(tmp_path / "base", weights, sampling=slow)
+    few = {**(sampling or {}), **cached} if is_distilled_so else sampling
+    distill = pipeline(tmp_path / "distill", tuned(weights, 1), distilled=True, sampling=few)
+    align = pipeline(tmp_path / "align", tuned(weights, 2), sampling=cached)
+    for directory in (align, *([distill] if is_distilled_so else [])):
+        index = json.loads((directory / "model_index.json").read_text())
+        (directory / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinKVPipeline"}))
     plan = plan_merge(base, distill, align)
     merge(plan, tmp_path / "out")
     made = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert made == {"_class_name": "Flux2KleinKVPipeline", "is_distilled": True}
     flux2 = json.loads((tmp_path / "out" / "clvr.json").read_text())["flux2"]
     assert flux2 == {**(sampling or {}), "reference_cache": "loop"}
-    assert "references are attended to as in align: reference_cache loop" in plan.notes
+    notes = " ".join(plan.notes)
+    assert "references are attended to as in align: reference_cache loop" in notes or is_distilled_so
+    assert ("distill was trained to attend to them otherwise (Flux2KleinPipeline)" in notes) is not is_distilled_so
 
 
 @pytest.mark.parametrize("shift", [None, 3.0])

@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.stages import Stages, digest
-from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.norms import DeltaStatistics
 from clvr_jax.merging.planning import Merge, plan_merge
@@ -116,7 +116,16 @@ def recover_distilled(stages: Stages) -> Path:
     # Forced: their bases differ for the check of a merge, which expects deltas from one base.
     plan = plan_merge(directories["sft"], directories["merged"], directories["base"], force=True)
     inputs = {"models": [digest(directory) for directory in directories.values()]}
-    return stages.directory("recovered-distilled", inputs, _merger(plan))
+
+    def write(directory: Path) -> None:
+        _merger(plan)(directory)
+        # Its merge says how the base attends to references; it was trained to attend as the merged model does.
+        path, key = directory / "clvr.json", "reference_cache"
+        settings, merged = (read_json(each) for each in (path, directories["merged"] / "clvr.json"))
+        if key in merged["flux2"]:
+            write_json(path, {**settings, "flux2": {**settings["flux2"], key: merged["flux2"][key]}})
+
+    return stages.directory("recovered-distilled", inputs, write)
 
 
 def _digests(model: str) -> dict[str, object]:
