@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from flax import nnx
+
 from clvr_jax.data.shapes_corrections import rollout_examples
 from clvr_jax.data.trajectories.dataset import saved_trajectories
 from clvr_jax.interfaces.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ KINDS = (*_kinds(BASE_KINDS, 0.7), *_kinds(SFT_KINDS[:5], 0.3))
 def _kinds_of(rollouts: Path, tokenizer: Tokenizer) -> tuple[Kind, ...]:
     """Returns kinds of which most have the references of these trajectories."""
     examples = rollout_examples(saved_trajectories(rollouts), tokenizer, max(SETTINGS.text_buckets))
-    return (*_kinds(BASE_KINDS, 0.4), *_kinds(rollout_kinds(examples, 0.6), 0.6))
+    return (*_kinds(BASE_KINDS, 0.15), *_kinds(rollout_kinds(examples, 0.8), 0.85))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Config:
     """Train the student to attend to references like this: as tokens in every step (none), through keys and values that
     are computed once for an image (image), or that are kept for the whole loop (loop). As the teacher does if it is not
     given; it is written into the exported model."""
+    student: str | None = None
+    """Start the student from this model: a shipped name or a pipeline directory; from `model` if it is not given."""
     rollouts: Path | None = None
     """Condition most images on the histories of this directory of trajectories, which `shapes_rollouts` wrote."""
 
@@ -77,6 +81,7 @@ CONFIG = Config()
 def task(config: Config) -> Task:
     """Returns the task for the trainer."""
     pipe = Flux2Pipeline.from_pretrained(config.model)
+    student = None if config.student is None else nnx.state(Flux2Pipeline.from_pretrained(config.student).transformer)
     kinds = KINDS if config.rollouts is None else _kinds_of(config.rollouts, pipe.tokenizer)
     batches = partial(batch, seed=config.train.seed, tokenizer=pipe.tokenizer, dropout=0.0, kinds=kinds)
     return flux2.pipeline_distill_task(
@@ -87,4 +92,5 @@ def task(config: Config) -> Task:
         batches,
         save_dtype="float32",
         reference_cache=config.reference_cache,
+        student=student,
     )

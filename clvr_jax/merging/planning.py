@@ -110,9 +110,9 @@ def plan_merge(
     changed = _references(copied, of_align)
     if changed:
         notes.append(f"references are attended to as in align: {_described(_reference_cache(of_align.origin.path))}")
-        if (other := _reference_cache(of_distill.origin.path)) != _reference_cache(of_align.origin.path):
+        if (attended := _reference_cache(of_distill.origin.path)) != _reference_cache(of_align.origin.path):
             notes.append(
-                f"distill was trained to attend to them otherwise ({_described(other)}), which costs accuracy; clvr "
+                f"distill was trained to attend to them otherwise ({_described(attended)}), which costs accuracy; clvr "
                 "train flux2_distill --reference-cache trains it as align"
             )
     return Merge(settings, of_base, of_distill, of_align, weights, copied, changed, scheduler, tuple(notes), force)

@@ -32,16 +32,18 @@ def pipeline_distill_task(
     remat: str = "dots",
     save_dtype: str = "bfloat16",
     reference_cache: ReferenceMode | None = None,
+    student: Params | None = None,
 ) -> Task:
     """Returns the task of distilling a loaded pipeline; exports one that samples in few steps without guidance.
 
     Args:
       name: for progress lines.
-      pipe: the teacher, and the start of the student.
+      pipe: the teacher, and the start of the student unless `student` is given.
       train, distill, remat: see `distill_task`.
       batches: of the form of `Flux2Models.abstract_batches`.
       save_dtype: of the exported weights.
       reference_cache: how the student attends to references; as the teacher does if None.
+      student: weights from which the student starts.
     Raises: see `distill_task`.
     """
     models = Flux2Models.of(pipe)
@@ -53,7 +55,7 @@ def pipeline_distill_task(
         reference_cache=reference_cache or pipe.settings.reference_cache,
     )
     export = pipeline_export(pipe, save_dtype, settings)
-    return distill_task(name, models, train, distill, batches, export, remat, reference_cache)
+    return distill_task(name, models, train, distill, batches, export, remat, reference_cache, student)
 
 
 def distill_task(
@@ -65,17 +67,19 @@ def distill_task(
     export: Export,
     remat: str = "dots",
     reference_cache: ReferenceMode | None = None,
+    student: Params | None = None,
 ) -> Task:
     """Returns the task of distilling a transformer into its own few steps; master weights are float32.
 
     Args:
       name: for progress lines.
-      models: the teacher, loaded or abstract, and the start of the student.
+      models: the teacher, loaded or abstract, and the start of the student unless `student` is given.
       train, distill: options of the run.
       batches: of the form of `Flux2Models.abstract_batches`; only the size of the target images is used.
       export: of the trained weights.
       remat: what the backward pass keeps of each block, a name in `layers.REMAT`.
       reference_cache: how the student attends to references; as the teacher does if None.
+      student: weights from which the student starts, of the teacher's tree.
     Raises: ClvrError if the model is a distilled one, but for a student that learns from it without guidance to attend
       to references in another way.
     """
@@ -146,7 +150,7 @@ def distill_task(
 
     return Task(
         name=name,
-        params=cast_weights(models.transformer.weights, jnp.float32),
+        params=cast_weights(models.transformer.weights if student is None else student, jnp.float32),
         frozen={
             "teacher": models.transformer.weights,
             "text_encoder": models.text_encoder.weights,
