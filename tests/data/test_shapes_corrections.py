@@ -2,17 +2,21 @@
 
 import dataclasses
 
+import chex
 import numpy as np
 import pytest
+from flax import nnx
 
-from clvr_jax.configs import shapes_sft
+from clvr_jax.configs import shapes_distill, shapes_sft
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.shapes import Canvas
 from clvr_jax.data.shapes_corrections import requested_image, rollout_examples
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.conversation.context import conditioning_text
 from clvr_jax.tasks.shapes.sft import LATE_STEPS, rollout_kinds
+from clvr_jax.training.objectives.distillation import DistillConfig
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
 from clvr_jax.worlds.shapes.oracle import Edit, compare, parse_edits
@@ -130,6 +134,23 @@ def test_sources_that_exclude_each_other_and_shares_beyond_one_are_refused(chang
 def test_a_directory_without_trajectories_is_an_error(tmp_path):
     with pytest.raises(ClvrError, match="no saved trajectories"):
         shapes_sft.task(dataclasses.replace(shapes_sft.CONFIG, base="shapes-tiny-sft", rollouts=tmp_path))
+
+
+def test_a_student_of_the_distillation_starts_from_its_own_weights_under_histories_of_rollouts(tmp_path):
+    record, _ = simulated(1)
+    record.trajectory.save(tmp_path / "00000")
+    config = dataclasses.replace(
+        shapes_distill.CONFIG,
+        model="shapes-tiny",
+        student="shapes-tiny-sft",
+        reference_cache="loop",
+        distill=DistillConfig(substeps=1, guidance=1.0),
+        rollouts=tmp_path,
+    )
+    task = shapes_distill.task(config)
+    student = nnx.state(Flux2Pipeline.from_pretrained("shapes-tiny-sft").transformer)
+    chex.assert_trees_all_equal(task.params, student)
+    assert max(task.batches(step)["references"].shape[1] for step in range(12)) > 3, "the recipe alone has three"
 
 
 def test_images_of_another_size_and_replies_without_edits_are_errors():
