@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from clvr_jax.convert.streaming.planning import TensorSlice, files_beside
 from clvr_jax.files.atomic_io import read_json
@@ -70,6 +71,7 @@ def plan_merge(
     *,
     force: bool = False,
     ignore_text_encoder: bool = False,
+    references_of: Literal["align", "distill"] = "align",
 ) -> Merge:
     """Finds the models and checks that they have one base architecture and configuration. Reads headers only.
 
@@ -79,6 +81,7 @@ def plan_merge(
       settings: the method and its options.
       force: merge although configurations differ or the inputs seem to have different bases.
       ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
+      references_of: the model that was trained to attend to references as the merged one shall.
     Raises: ClvrError or UsageError, one line that lists both sides, for models that cannot be merged.
     """
     of_base = open_weights("base", base)
@@ -107,13 +110,15 @@ def plan_merge(
         if name in copied:
             copied[name] = path
             notes.append(note)
-    changed = _references(copied, of_align)
+    attended, passed_over = (of_align, of_distill) if references_of == "align" else (of_distill, of_align)
+    changed = _references(copied, attended)
     if changed:
-        notes.append(f"references are attended to as in align: {_described(_reference_cache(of_align.origin.path))}")
-        if (attended := _reference_cache(of_distill.origin.path)) != _reference_cache(of_align.origin.path):
+        mode = _reference_cache(attended.origin.path)
+        notes.append(f"references are attended to as in {attended.role}: {_described(mode)}")
+        if references_of == "align" and (otherwise := _reference_cache(passed_over.origin.path)) != mode:
             notes.append(
-                f"distill was trained to attend to them otherwise ({_described(attended)}), which costs accuracy; clvr "
-                "train flux2_distill --reference-cache trains it as align"
+                f"distill was trained to attend to them otherwise ({_described(otherwise)}), which costs accuracy; "
+                "clvr train flux2_distill --reference-cache trains it as align, or choose --references-of distill"
             )
     return Merge(settings, of_base, of_distill, of_align, weights, copied, changed, scheduler, tuple(notes), force)
 
@@ -160,13 +165,13 @@ def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]
             yield name, ours, note
 
 
-def _references(copied: Mapping[str, Path], align: Weights | LoRADelta) -> dict[str, dict[str, JSON]]:
-    """Returns the files of the new pipeline that must say how align was trained to attend to references."""
+def _references(copied: Mapping[str, Path], model: Weights | LoRADelta) -> dict[str, dict[str, JSON]]:
+    """Returns the files of the new pipeline that must say how a model was trained to attend to references."""
     index = copied.get("model_index.json")
-    theirs = align.origin.path / "model_index.json"
+    theirs = model.origin.path / "model_index.json"
     if index is None or not theirs.exists():
         return {}
-    kind, mode = _reference_cache(align.origin.path)
+    kind, mode = _reference_cache(model.origin.path)
     own = copied.get("clvr.json")
     settings = {} if own is None else read_json(own)
     flux2 = settings.get("flux2", {})

@@ -275,6 +275,18 @@ def test_references_are_attended_to_as_in_the_aligned_model(tmp_path, with_clvr,
     assert ("distill was trained to attend to them otherwise (Flux2KleinPipeline)" in notes) is not is_distilled_so
 
 
+def test_references_may_be_attended_to_as_in_the_distilled_model(tmp_path):
+    weights = random_tensors(0)
+    base = pipeline(tmp_path / "base", weights)
+    distill = pipeline(tmp_path / "distill", tuned(weights, 1), distilled=True, sampling={"reference_cache": "loop"})
+    align = pipeline(tmp_path / "align", tuned(weights, 2), sampling={})
+    for references_of, expected in (("distill", "loop"), ("align", None)):
+        out = tmp_path / f"as_{references_of}"
+        merge(plan_merge(base, distill, align, references_of=references_of), out)
+        settings = json.loads((out / "clvr.json").read_text()) if (out / "clvr.json").exists() else {}
+        assert settings.get("flux2", {}).get("reference_cache") == expected
+
+
 @pytest.mark.parametrize("shift", [None, 3.0])
 def test_of_a_pipeline_the_transformer_is_merged_and_all_else_is_the_bases(tmp_path, shift):
     weights = random_tensors(0)

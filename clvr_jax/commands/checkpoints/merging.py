@@ -61,6 +61,8 @@ class Merge:
     """Merge even if the inputs seem to be tuned from different bases, or have different settings."""
     ignore_text_encoder: bool = False
     """Leave out the tensors of a LoRA that adapt a text encoder; the merged model keeps the base's text encoder."""
+    references_of: Literal["align", "distill"] = "align"
+    """Attend to references as this model was trained to, if the two differ in their reference_cache."""
     dry_run: bool = False
     """Print what would be written, and write nothing."""
     resume: bool = False
@@ -88,7 +90,13 @@ class Merge:
         prepare_jax()
         settings = Settings(self.method, *weights, self.density, self.seed)
         origins = _origin(self.base), _origin(self.distill, ()), _origin(self.align, (FILE_NAME, PEFT_NAME))
-        plan = plan_merge(*origins, settings, force=self.force, ignore_text_encoder=self.ignore_text_encoder)
+        plan = plan_merge(
+            *origins,
+            settings,
+            force=self.force,
+            ignore_text_encoder=self.ignore_text_encoder,
+            references_of=self.references_of,
+        )
         for note in plan.notes:
             console.print(f"[yellow]note:[/] {note}")
         tensors = len(plan.base.component.slices)
@@ -134,7 +142,14 @@ class Merge:
             write_report(directory, sums)
 
     def _command(self) -> str:
-        defaults = {"distill_weight": ("1",), "align_weight": ("1",), "method": "dswm", "density": None, "seed": 0}
+        defaults = {
+            "distill_weight": ("1",),
+            "align_weight": ("1",),
+            "method": "dswm",
+            "density": None,
+            "seed": 0,
+            "references_of": "align",
+        }
         words = [f"clvr merge --base {self.base} --distill {self.distill} --align {self.align}"]
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:
