@@ -20,7 +20,7 @@ from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
 from clvr_jax.training.objectives.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task, TrainConfig
-from clvr_jax.trees import Batch, Params
+from clvr_jax.trees import Batch, Params, Path, leaves_by_path
 
 
 def pipeline_distill_task(
@@ -79,9 +79,9 @@ def distill_task(
       export: of the trained weights.
       remat: what the backward pass keeps of each block, a name in `layers.REMAT`.
       reference_cache: how the student attends to references; as the teacher does if None.
-      student: weights from which the student starts, of the teacher's tree.
+      student: weights from which the student starts, of the teacher's architecture.
     Raises: ClvrError if the model is a distilled one, but for a student that learns from it without guidance to attend
-      to references in another way.
+      to references in another way; or if the student is of another architecture.
     """
     teacher_mode = models.settings.reference_cache
     mode = reference_cache or teacher_mode
@@ -89,6 +89,10 @@ def distill_task(
         raise ClvrError(
             f"{name}: the model is distilled already; give its base, or another --reference-cache than"
             f" {teacher_mode} with --distill.guidance 1"
+        )
+    if student is not None and _layout(student) != _layout(models.transformer.weights):
+        raise ClvrError(
+            f"{name}: the student's weights are not of the teacher's architecture; start it from the teacher"
         )
     layers, token = models.settings.text_encoder_out_layers, models.vae.config.token_pixels
     dtype = jnp.dtype(train.compute_dtype)
@@ -105,12 +109,12 @@ def distill_task(
         def read(ids: ArrayLike, mask: ArrayLike) -> jax.Array:
             return encode_text(text_encoder_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
 
-        def network(attention: ReferenceMode, weights: Params) -> Field:
+        def network(attended: ReferenceMode, weights: Params) -> Field:
             model = nnx.merge(graphdef, weights)
 
             def field(x: jax.Array, t: jax.Array, condition: Params) -> jax.Array:
                 sizes = [grid] * count
-                references = attended_references(model, condition["references"], sizes, attention)
+                references = attended_references(model, condition["references"], sizes, attended)
                 return velocity_field(model, references, grid, sizes)(x, t, condition["text"])
 
             return field
@@ -163,3 +167,8 @@ def distill_task(
         hardware_flops=hardware_flops,
         tokens=counts.tokens,
     )
+
+
+def _layout(weights: Params) -> dict[Path, tuple[int, ...]]:
+    """Returns the shape of each weight."""
+    return {path: leaf.shape for path, leaf in leaves_by_path(weights).items()}

@@ -228,6 +228,9 @@ def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_
     assert any((ours[path] != theirs[path]).any() for path in ours)
     with pytest.raises(ClvrError, match="distilled already; give its base, or another --reference-cache than none"):
         pipeline_distill_task("tiny", student, train, distill, batches)
+    other = {"kernel": jnp.zeros(3)}
+    with pytest.raises(ClvrError, match="not of the teacher's architecture"):
+        pipeline_distill_task("tiny", teacher, train, distill, batches, student=other)
     with pytest.raises(ClvrError, match=r"with --distill\.guidance 1"):
         pipeline_distill_task("tiny", student, train, distill, batches, reference_cache="loop")
     # A path of one substep, all of it the student's, ends in the picture that the pipeline draws of the same noise.
