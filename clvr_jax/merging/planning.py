@@ -81,7 +81,8 @@ def plan_merge(
       settings: the method and its options.
       force: merge although configurations differ or the inputs seem to have different bases.
       ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
-      references_of: the model that was trained to attend to references as the merged one shall.
+      references_of: the model that was trained to attend to references as the merged one shall; without a pipeline,
+        as a LoRA is, it attends as the base does.
     Raises: ClvrError or UsageError, one line that lists both sides, for models that cannot be merged.
     """
     of_base = open_weights("base", base)
@@ -110,15 +111,19 @@ def plan_merge(
         if name in copied:
             copied[name] = path
             notes.append(note)
-    attended, passed_over = (of_align, of_distill) if references_of == "align" else (of_distill, of_align)
+    attended: Weights | LoRADelta = of_align if references_of == "align" else of_distill
+    if not _has_index(attended):  # a LoRA, or a transformer alone, attends as the base that it was tuned from
+        attended = of_base
     changed = _references(copied, attended)
     if changed:
-        mode = _reference_cache(attended.origin.path)
-        notes.append(f"references are attended to as in {attended.role}: {_described(mode)}")
-        if references_of == "align" and (otherwise := _reference_cache(passed_over.origin.path)) != mode:
+        notes.append(f"references are attended to as in {attended.role}: {_described(_reference_cache(attended))}")
+    if attended is not of_distill and _has_index(attended) and _has_index(of_distill):
+        mode, otherwise = _reference_cache(attended), _reference_cache(of_distill)
+        if mode != otherwise:
             notes.append(
-                f"distill was trained to attend to them otherwise ({_described(otherwise)}), which costs accuracy; "
-                "clvr train flux2_distill --reference-cache trains it as align, or choose --references-of distill"
+                f"distill was trained to attend to references otherwise ({_described(otherwise)}), which costs "
+                f"accuracy; clvr train flux2_distill --reference-cache trains it as {attended.role}, or choose "
+                "--references-of distill"
             )
     return Merge(settings, of_base, of_distill, of_align, weights, copied, changed, scheduler, tuple(notes), force)
 
@@ -168,10 +173,9 @@ def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]
 def _references(copied: Mapping[str, Path], model: Weights | LoRADelta) -> dict[str, dict[str, JSON]]:
     """Returns the files of the new pipeline that must say how a model was trained to attend to references."""
     index = copied.get("model_index.json")
-    theirs = model.origin.path / "model_index.json"
-    if index is None or not theirs.exists():
+    if index is None or not _has_index(model):
         return {}
-    kind, mode = _reference_cache(model.origin.path)
+    kind, mode = _reference_cache(model)
     own = copied.get("clvr.json")
     settings = {} if own is None else read_json(own)
     flux2 = settings.get("flux2", {})
@@ -184,8 +188,14 @@ def _references(copied: Mapping[str, Path], model: Weights | LoRADelta) -> dict[
     return changed
 
 
-def _reference_cache(directory: Path) -> tuple[JSON, JSON]:
-    """Returns the class of a pipeline and the field `reference_cache` of its clvr.json, None without one."""
+def _has_index(model: Weights | LoRADelta) -> bool:
+    """Whether a model is in a pipeline, which says how it attends to references."""
+    return (model.origin.path / "model_index.json").exists()
+
+
+def _reference_cache(model: Weights | LoRADelta) -> tuple[JSON, JSON]:
+    """Returns the class of a model's pipeline and the field `reference_cache` of its clvr.json, None without one."""
+    directory = model.origin.path
     settings = read_json(path) if (path := directory / "clvr.json").exists() else {}
     flux2 = settings.get("flux2", {})
     return read_json(directory / "model_index.json").get("_class_name"), (

@@ -271,8 +271,10 @@ def test_references_are_attended_to_as_in_the_aligned_model(tmp_path, with_clvr,
     flux2 = json.loads((tmp_path / "out" / "clvr.json").read_text())["flux2"]
     assert flux2 == {**(sampling or {}), "reference_cache": "loop"}
     notes = " ".join(plan.notes)
-    assert "references are attended to as in align: reference_cache loop" in notes or is_distilled_so
-    assert ("distill was trained to attend to them otherwise (Flux2KleinPipeline)" in notes) is not is_distilled_so
+    if not is_distilled_so:
+        assert "references are attended to as in align: reference_cache loop" in notes
+    differing = "distill was trained to attend to references otherwise (Flux2KleinPipeline)"
+    assert (differing in notes) is not is_distilled_so
 
 
 def test_references_may_be_attended_to_as_in_the_distilled_model(tmp_path):
@@ -285,6 +287,22 @@ def test_references_may_be_attended_to_as_in_the_distilled_model(tmp_path):
         merge(plan_merge(base, distill, align, references_of=references_of), out)
         settings = json.loads((out / "clvr.json").read_text()) if (out / "clvr.json").exists() else {}
         assert settings.get("flux2", {}).get("reference_cache") == expected
+
+
+def test_models_without_a_pipeline_attend_to_references_as_the_base_does(tmp_path):
+    weights = random_tensors(0)
+    base = pipeline(tmp_path / "base", weights, sampling={"num_inference_steps": 28})
+    few = {"num_inference_steps": 4, "reference_cache": "loop"}
+    distill = pipeline(tmp_path / "distill", tuned(weights, 1), distilled=True, sampling=few)
+    align = write_model(tmp_path / "align", tuned(weights, 2))
+    plan = plan_merge(base, distill, align)
+    merge(plan, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "clvr.json").read_text())["flux2"] == {"num_inference_steps": 4}
+    assert any("as in base" in note for note in plan.notes)
+    assert any("otherwise (reference_cache loop)" in note for note in plan.notes)
+    cached = pipeline(tmp_path / "cached", tuned(weights, 3), sampling={"reference_cache": "loop"})
+    bare = write_model(tmp_path / "bare", tuned(weights, 1))
+    assert not any("otherwise" in note for note in plan_merge(base, bare, cached).notes)
 
 
 @pytest.mark.parametrize("shift", [None, 3.0])

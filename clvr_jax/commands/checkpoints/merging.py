@@ -62,7 +62,8 @@ class Merge:
     ignore_text_encoder: bool = False
     """Leave out the tensors of a LoRA that adapt a text encoder; the merged model keeps the base's text encoder."""
     references_of: Literal["align", "distill"] = "align"
-    """Attend to references as this model was trained to, if the two differ in their reference_cache."""
+    """Attend to references as this model was trained to, if the two differ in their reference_cache. One without a
+    pipeline, such as a LoRA, attends as the base does."""
     dry_run: bool = False
     """Print what would be written, and write nothing."""
     resume: bool = False

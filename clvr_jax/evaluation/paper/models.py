@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.stages import Stages, digest
-from clvr_jax.files.atomic_io import read_json, write_json
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.norms import DeltaStatistics
 from clvr_jax.merging.planning import Merge, plan_merge
@@ -114,18 +114,11 @@ def recover_distilled(stages: Stages) -> Path:
         shipped = "shapes-tiny" if name == "merged" else f"shapes-tiny-{name}"
         directories[name] = stages.directory(f"shipped-{name}", _digests(shipped), _pipeline_writer(shipped))
     # Forced: their bases differ for the check of a merge, which expects deltas from one base.
-    plan = plan_merge(directories["sft"], directories["merged"], directories["base"], force=True)
+    plan = plan_merge(
+        directories["sft"], directories["merged"], directories["base"], force=True, references_of="distill"
+    )
     inputs = {"models": [digest(directory) for directory in directories.values()]}
-
-    def write(directory: Path) -> None:
-        _merger(plan)(directory)
-        # Its merge says how the base attends to references; it was trained to attend as the merged model does.
-        path, key = directory / "clvr.json", "reference_cache"
-        settings, merged = (read_json(each) for each in (path, directories["merged"] / "clvr.json"))
-        if key in merged["flux2"]:
-            write_json(path, {**settings, "flux2": {**settings["flux2"], key: merged["flux2"][key]}})
-
-    return stages.directory("recovered-distilled", inputs, write)
+    return stages.directory("recovered-distilled", inputs, _merger(plan))
 
 
 def _digests(model: str) -> dict[str, object]:

@@ -44,7 +44,7 @@ from clvr_jax.reasoning.verification.verification import (
 
 _RETRY_TEMPERATURE = 0.7
 _TOP_LOGPROBS = 5
-_CONTRADICTORY = 0.5
+_CONTRADICTION_CERTAINTY = 0.5
 """Certainty of a no that contradicts the description in all samples: it compares wrongly, yet may be right."""
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
@@ -231,7 +231,7 @@ class ModelVerifier(Verifier):
           requests: the comparisons.
           answers: the answer to each.
           pairs: description and requirement of each.
-        Returns: the indices of those that stay.
+        Returns: the indexes of those that still contradict it.
         """
 
         def is_contradictory(index: int, answer: ChatResponse) -> bool:
@@ -286,7 +286,7 @@ class ModelVerifier(Verifier):
             if description is not None:
                 certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
                 if is_contradictory and not is_yes:
-                    certainty *= _CONTRADICTORY
+                    certainty *= _CONTRADICTION_CERTAINTY
             # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
             supported = certainty * probability
             probability = supported + (1 - certainty) * (1 - probability) / 2
