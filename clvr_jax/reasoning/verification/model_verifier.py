@@ -44,8 +44,6 @@ from clvr_jax.reasoning.verification.verification import (
 
 _RETRY_TEMPERATURE = 0.7
 _TOP_LOGPROBS = 5
-_CONTRADICTION_CERTAINTY = 0.5
-"""Certainty of a no that contradicts the description in all samples: it compares wrongly, yet may be right."""
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
 
@@ -213,25 +211,22 @@ class ModelVerifier(Verifier):
             for row, text in pairs
         ]
         answers = self._chat(requests)
-        contradictory: Set[int] = frozenset()
         if not self._is_instructed:
-            contradictory = self._ask_again(requests, answers, [(descriptions[row], text) for row, text in pairs])
+            self._ask_again(requests, answers, [(descriptions[row], text) for row, text in pairs])
         checked = [
-            self._checked(text, answer, described[row], index in contradictory)
-            for index, ((row, text), answer) in enumerate(zip(pairs, answers, strict=True))
+            self._checked(text, answer, described[row]) for (row, text), answer in zip(pairs, answers, strict=True)
         ]
         return self._gathered(requirements, checked, descriptions)
 
     def _ask_again(
         self, requests: Sequence[ChatRequest], answers: list[ChatResponse], pairs: Sequence[tuple[str, str]]
-    ) -> Set[int]:
+    ) -> None:
         """Samples answers that contradict the description again, in place; those that always do stay as they are.
 
         Args:
           requests: the comparisons.
           answers: the answer to each.
           pairs: description and requirement of each.
-        Returns: the indexes of those that still contradict it.
         """
 
         def is_contradictory(index: int, answer: ChatResponse) -> bool:
@@ -253,15 +248,8 @@ class ModelVerifier(Verifier):
                 good = (each for each in own if ANSWER.search(each.text) and not is_contradictory(index, each))
                 answers[index] = next(good, answers[index])
             remaining = [index for index in remaining if is_contradictory(index, answers[index])]
-        return frozenset(remaining)
 
-    def _checked(
-        self,
-        requirement: str,
-        answer: ChatResponse,
-        description: ChatResponse | None = None,
-        is_contradictory: bool = False,
-    ) -> Requirement:
+    def _checked(self, requirement: str, answer: ChatResponse, description: ChatResponse | None = None) -> Requirement:
         text = answer.text.strip()
         match = ANSWER.search(text)
         if match is None:
@@ -285,8 +273,6 @@ class ModelVerifier(Verifier):
             certainty = 1.0
             if description is not None:
                 certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
-                if is_contradictory and not is_yes:
-                    certainty *= _CONTRADICTION_CERTAINTY
             # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
             supported = certainty * probability
             probability = supported + (1 - certainty) * (1 - probability) / 2

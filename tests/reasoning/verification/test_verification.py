@@ -268,19 +268,6 @@ def test_an_answer_that_contradicts_the_description_is_sampled_again():
     assert len(large.questions) == 2, "a model that was not trained to quote may say it in other words"
 
 
-def test_a_no_that_contradicts_the_description_in_every_sample_is_less_certain():
-    def probability(described):
-        model = ScriptedModel(
-            lambda question: described if question.images else answer(("one: red star top.", 1.0), (" no", 1.0), no=1.0)
-        )
-        (found,) = ModelVerifier(model, is_instructed=False).check([("two stars",)], [IMAGE])
-        assert found.accepted is False
-        return found.requirements[0].probability
-
-    assert probability("I see red star top.") == 0
-    assert probability("I see red star top; blue star left.") == 0.25
-
-
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
 def test_doubt_about_the_description_never_turns_a_no_into_a_yes(threshold):
     def reply(question):
