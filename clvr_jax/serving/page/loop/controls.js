@@ -12,7 +12,9 @@ export class Controls {
     this.dialog = find("edit-dialog");
     this.form = find("edit-form");
     find("edit-cancel").addEventListener("click", () => this.dialog.close());
-    this.dialog.addEventListener("close", () => { this.apply = null; });
+    this.dialog.addEventListener("close", () => {
+      if (!this.dialog.open) this.apply = null; // it comes with the next frame, when the dialog may be open again
+    });
     this.form.addEventListener("submit", (event) => { event.preventDefault(); this.#submit(); });
   }
 
