@@ -15,7 +15,7 @@ without guidance, in its own steps, under histories with its own images.
 
     python -m clvr_jax.scripts.shapes_rollouts --model shapes-tiny --tiers 4 5 6 7 8 9 --out runs/rollouts
     clvr train configs/shapes_distill.py --model shapes-tiny --reference-cache loop --distill.guidance 1
-        --distill.substeps 1 --rollouts runs/rollouts --out runs/shapes_cached
+        --distill.substeps 1 --distill.start-share 1 --rollouts runs/rollouts --out runs/shapes_cached
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ start of a window to its end in small steps; the student learns the one velocity
     target = (x_end - x_start) / (sigma_end - sigma_start)        x_t = x_start + (t - sigma_start) target
     loss = mean |student(x_t, t) - target|^2
 
-where t is the window's start half the time, as when sampling, and else anywhere inside. Guidance is part of the
-teacher's path, so that the student needs none. Nothing is added to the network: what distillation changed is a
+where t is the window's start for a share of the timesteps, as when sampling, and else anywhere inside. Guidance is part
+of the teacher's path, so that the student needs none. Nothing is added to the network: what distillation changed is a
 difference of weights, which can be merged.
 
 Every row goes through all windows, so that no evaluation of the teacher serves only to reach a state. Half of the rows
@@ -32,8 +32,8 @@ from clvr_jax.trees import Params
 Field = Callable[[jax.Array, jax.Array, PyTree], jax.Array]
 """(latents (b, t, c), timesteps (b,), condition: a tree of arrays of b rows) -> velocity (b, t, c)."""
 
-_HALF = 0.5
-"""Share of rows that continue from the student's states, and of timesteps at the start of their window."""
+_FOLLOWING = 0.5
+"""Share of rows that continue from the student's states."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class DistillConfig:
     guidance: float = 4.0
     """Classifier-free guidance of the teacher; 1 is without guidance, and above 1 each teacher step takes two network
     evaluations."""
+    start_share: float = 0.5
+    """Share of timesteps at the starts of the student's steps, where it samples; the others are uniform inside them."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.substeps) < 1 or self.guidance < 1:
             raise UsageError(f"{self}: steps, substeps and guidance must be at least 1")
+        if not 0 <= self.start_share <= 1:
+            raise UsageError(f"{self}: start_share must be in [0, 1]")
 
     @property
     def passes(self) -> int:
@@ -101,13 +105,13 @@ def distillation_loss(
         else lambda x, sigma: guide(x, sigma, conditional),
         lambda x, sigma: own(x, sigma, conditional),
         noise_btc,
-        jax.random.bernoulli(row_key, _HALF, (count,)),
+        jax.random.bernoulli(row_key, _FOLLOWING, (count,)),
         sigmas,
         config.substeps,
     )
     field = network(params)
     repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.steps, axis=0), conditional)
-    return window_loss(lambda x, t: field(x, t, repeated), path, sigmas, time_key)
+    return window_loss(lambda x, t: field(x, t, repeated), path, sigmas, time_key, config.start_share)
 
 
 def follow_windows(
@@ -142,7 +146,11 @@ def follow_windows(
 
 
 def window_loss(
-    student: Callable[[jax.Array, jax.Array], jax.Array], path: Windows, sigmas: ArrayLike, key: jax.Array
+    student: Callable[[jax.Array, jax.Array], jax.Array],
+    path: Windows,
+    sigmas: ArrayLike,
+    key: jax.Array,
+    start_share: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the squared distance of the student to the straight path through each window.
 
@@ -150,13 +158,14 @@ def window_loss(
       student: (x_t of (b * n, t, c), timesteps (b * n,)) -> (b * n, t, c); the n windows of a row follow each other.
       path, sigmas: see `follow_windows`.
       key: for the timesteps.
+      start_share: see `DistillConfig`.
     Returns: see `distillation_loss`.
     """
     rows, count = path.starts.shape[:2]
     levels = jnp.asarray(sigmas, jnp.float32)
     start_n, length_n = levels[:-1], jnp.diff(levels)
     start_key, inside_key = jax.random.split(key)
-    at_start = jax.random.bernoulli(start_key, _HALF, (rows, count))
+    at_start = jax.random.bernoulli(start_key, start_share, (rows, count))
     passed = jnp.where(at_start, 0.0, length_n * jax.random.uniform(inside_key, (rows, count)))[..., None, None]
     target = (path.ends - path.starts) / length_n[:, None, None]
     x_t = path.starts + passed * target

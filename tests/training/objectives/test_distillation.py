@@ -58,7 +58,7 @@ def test_the_last_window_ends_where_pictures_are():
 def test_a_straight_field_has_nothing_to_learn():
     path = follow_windows(straight, straight, NOISE, NOBODY, SIGMAS, 8)
     for number in range(3):
-        loss, _ = window_loss(lambda x, t: straight(x, t[:, None, None]), path, SIGMAS, jax.random.key(number))
+        loss, _ = window_loss(lambda x, t: straight(x, t[:, None, None]), path, SIGMAS, jax.random.key(number), 0.5)
         assert loss < 1e-9
 
 
@@ -90,7 +90,7 @@ def test_the_loss_is_the_distance_to_the_straight_way_through_each_window():
         seen.update(x=x.reshape(6, 4, 3, 5), t=t.reshape(6, 4))
         return jnp.zeros_like(x)
 
-    loss, parts = window_loss(zero, path, SIGMAS, jax.random.key(0))
+    loss, parts = window_loss(zero, path, SIGMAS, jax.random.key(0), 0.5)
     slopes = (path.ends - path.starts) / np.diff(SIGMAS)[:, None, None]
     np.testing.assert_allclose(loss, np.mean(slopes**2), rtol=1e-5)
     np.testing.assert_allclose(parts["loss_window_2"], np.mean(slopes[:, 2] ** 2), rtol=1e-5)
@@ -100,6 +100,9 @@ def test_the_loss_is_the_distance_to_the_straight_way_through_each_window():
     assert 4 <= (t == SIGMAS[:-1]).sum() <= 20
     passed = (t - SIGMAS[:-1])[..., None, None]
     np.testing.assert_allclose(seen["x"], path.starts + passed * slopes, atol=1e-4)
+    for share, count in ((1.0, 24), (0.0, 0)):
+        window_loss(zero, path, SIGMAS, jax.random.key(0), share)
+        assert (np.asarray(seen["t"]) == SIGMAS[:-1]).sum() == count
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -129,6 +132,12 @@ def test_guidance_is_in_the_target_and_only_the_student_is_differentiated(guidan
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match="at least 1"):
         DistillConfig(**wrong)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_is_within_0_and_1(share):
+    with pytest.raises(UsageError, match="start_share must be in"):
+        DistillConfig(start_share=share)
 
 
 TRAIN = TrainConfig(
