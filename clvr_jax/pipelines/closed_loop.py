@@ -41,13 +41,12 @@ from clvr_jax.reasoning.conversation.protocols import Controller, Conversation
 from clvr_jax.reasoning.loop import loop
 from clvr_jax.reasoning.loop.budget import Budget, StopWhen
 from clvr_jax.reasoning.loop.events import Event
-from clvr_jax.reasoning.retries import retry_rounds
+from clvr_jax.reasoning.retries import RETRY_TEMPERATURE, retry_rounds, temperature_of
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.reasoning.verification.reply_check import agrees_with_report
 from clvr_jax.reasoning.verification.verification import VerificationMode, Verifier
 
-RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 384
 """Maximum tokens of a reply of a model that was trained for the loop."""
 MAX_UNTRAINED_REPLY_TOKENS = 1024
@@ -55,7 +54,7 @@ MAX_UNTRAINED_REPLY_TOKENS = 1024
 
 
 class VLMController(Controller):
-    """A vision-language model as controller. First attempts are decoded greedily, retries are sampled.
+    """A vision-language model as controller. First attempts are decoded greedily, retries at rising temperatures.
 
     Args:
       vlm: the model.
@@ -85,16 +84,14 @@ class VLMController(Controller):
         return self._vlm
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Returns the replies to all conversations: first attempts are decoded in one call, retries in another.
+        """Returns the replies to all conversations; those of the same attempt are decoded in one call.
 
         Thoughts are removed; a thought without a reply becomes "", which is then retried because it cannot be parsed.
         """
         replies: dict[int, str] = {}
-        for is_retry in (False, True):
-            rows = [index for index, each in enumerate(conversations) if bool(each.attempt) == is_retry]
-            if rows:
-                temperature = RETRY_TEMPERATURE if is_retry else 0.0
-                replies.update(zip(rows, self._replies([conversations[i] for i in rows], temperature), strict=True))
+        for temperature in sorted({temperature_of(each.attempt) for each in conversations}):
+            rows = [i for i, each in enumerate(conversations) if temperature_of(each.attempt) == temperature]
+            replies.update(zip(rows, self._replies([conversations[i] for i in rows], temperature), strict=True))
         self._ask_again(conversations, replies)
         return [replies[index] for index in range(len(conversations))]
 

@@ -15,9 +15,11 @@ from clvr_jax.reasoning.conversation.protocols import (
     GenerationRequest,
     ImageGenerator,
 )
+from clvr_jax.reasoning.retries import temperature_of
 
-RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 1024
+MAX_TEMPERATURE = 1.0
+"""Many servers refuse a higher one."""
 
 REWRITE_PROMPT = """\
 You write for a painter who draws a picture once, from your words alone, and never asks back. Rewrite the request so \
@@ -29,7 +31,7 @@ paragraph.
 
 
 class ChatModelController(Controller):
-    """A general-purpose model as controller, with the system prompt of the loop. Retries are sampled.
+    """A general-purpose model as controller, with the system prompt of the loop. Retries have rising temperatures.
 
     Args:
       model: called for all conversations of a batch concurrently.
@@ -64,7 +66,7 @@ class ChatModelController(Controller):
             conversation.messages(self._plan_prompt if is_plan else SYSTEM_PROMPT),
             conversation.images,
             self._max_tokens,
-            temperature=RETRY_TEMPERATURE if conversation.attempt else 0.0,
+            temperature=temperature_of(conversation.attempt, MAX_TEMPERATURE),
             seed=conversation.seed,
         )
         try:

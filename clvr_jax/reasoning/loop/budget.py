@@ -25,8 +25,9 @@ class Budget:
       max_parse_retries: further replies requested for each reply that cannot be parsed.
       max_rollbacks: how often the loop returns to the same image after a worse one before it continues from the
         latest; 0 never rolls back.
-      max_plan_retries: further plans requested while the verifier finds that the plan misses a requirement; the best
-        plan is carried out. 0 takes the first plan. No effect without a separate verifier.
+      max_plan_retries: further plans requested while the verifier finds that the plan misses a requirement, those that
+        cannot be parsed included; the best plan is carried out. 0 takes the first plan. No effect without a separate
+        verifier.
       candidates: images generated from each reply, within the limits. The best verified one is kept.
       stop_when: "controller" stops when the controller says so; "verified" also as soon as the controller finds nothing
         unmet; "drawn" after the first image, without verification.

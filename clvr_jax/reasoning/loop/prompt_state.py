@@ -164,9 +164,10 @@ class PromptState:
         except ParseError as error:
             self._notify(Replied(self.index, attempt, text, str(error)))
             self._attempts[number] = attempt + 1
-            if attempt < self._budget.max_parse_retries:
+            has_plan = number == NO_IMAGE and bool(self._plans)
+            if attempt < (self._budget.max_plan_retries if has_plan else self._budget.max_parse_retries):
                 return
-            if number == NO_IMAGE and self._plans:  # a plan that misses a requirement is better than none
+            if has_plan:  # one that misses a requirement is better than none
                 self._settle_plan()
                 return
             self._error = str(error)
@@ -193,7 +194,7 @@ class PromptState:
         self._notify(PlanVerified(self.index, attempt, verification))
         # Among equal scores the earliest wins: the first plan is greedy, later ones are sampled.
         self._plans.append((verification.score, -len(self._plans), first))
-        if is_settled(verification) or len(self._plans) > self._budget.max_plan_retries:
+        if is_settled(verification) or attempt >= self._budget.max_plan_retries:
             self._settle_plan()
         else:
             self._candidates[NO_IMAGE] = None

@@ -127,11 +127,18 @@ def test_the_best_plan_is_carried_out_when_none_meets_all():
 @pytest.mark.parametrize("plan_retries", [1, 4])
 def test_replies_that_cannot_be_read_after_a_plan_end_in_the_best_plan(plan_retries):
     """Not in a run without end, and not in a run without an image."""
-    failures = 2 if plan_retries == 1 else 1
-    plans = [generate("Plan: x."), *([generate("Plan: y.")] if plan_retries == 4 else []), *["hm"] * failures]
+    plans = [generate("Plan: x."), *([generate("Plan: y.")] if plan_retries == 4 else [])]
     budget = Budget(max_plan_retries=plan_retries)
-    trajectory, *_ = run_one(plans, [(1, 1, 1)], budget, plans=[(1, 1, 0), (1, 0, 0)])
+    replies = [*plans, *["hm"] * (plan_retries + 1 - len(plans))]
+    trajectory, controller, *_ = run_one(replies, [(1, 1, 1)], budget, plans=[(1, 1, 0), (1, 0, 0)])
     assert (trajectory.outcome, trajectory.steps[0].reasoning) == ("accepted", "Plan: x.")
+    assert len(controller.calls) == plan_retries + 1
+
+
+def test_a_reply_that_cannot_be_read_does_not_keep_a_better_plan_from_being_found():
+    replies = [generate("Plan: x."), *["hm"] * 3, generate("Plan: z.")]
+    trajectory, *_ = run_one(replies, [(1, 1, 1)], Budget(max_plan_retries=4), plans=[(1, 1, 0), (1, 1, 1)])
+    assert trajectory.steps[0].reasoning == "Plan: z."
 
 
 def test_a_prompt_without_requirements_is_never_accepted():
