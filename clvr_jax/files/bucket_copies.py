@@ -27,6 +27,8 @@ from clvr_jax.files.file_names import file_name
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 """Files with these endings are copied only if the patterns of the caller match them."""
+_ZARR = ".zarray"
+"""Shape and type of an array that Orbax has written: the only hidden file that belongs to a model."""
 _THREADS = 8
 _INDEX = ".objects.json"
 
@@ -89,7 +91,7 @@ def _updated(source: Path, directory: Path, patterns: Sequence[str]) -> Path:
 
 def _is_wanted(name: str, patterns: Sequence[str]) -> bool:
     # Hidden files are left out; "..", and an empty part as in gs://NAME/PREFIX//etc, would be outside of the copy.
-    is_below = all(part and not part.startswith(".") for part in name.split("/"))
+    is_below = all(part and (part == _ZARR or not part.startswith(".")) for part in name.split("/"))
     is_read = not name.endswith(_WEIGHTS) or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
     return is_read and is_below and name != COMMIT
 

@@ -70,7 +70,7 @@ def test_a_lora_with_a_text_encoder_is_merged_with_the_option_that_the_error_nam
 
 
 def test_a_place_inside_an_input_and_an_address_are_refused(command, tmp_path, capsys):
-    for place, code, said in (("base/out", 2, "is inside of base"), ("gs://bucket/out", 2, "gs://bucket/out: a URL")):
+    for place, code, said in (("base/out", 2, "is inside of base"), ("s3://bucket/out", 2, "s3://bucket/out: a URL")):
         before = sorted(tmp_path.rglob("*"))
         assert main([*command[:-1], place]) == code
         assert said in capsys.readouterr().err

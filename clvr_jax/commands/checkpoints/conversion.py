@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from clvr_jax.arguments import StoragePath
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.bucket_results import check_new, result_directory
 from clvr_jax.files.buckets.objects import has_entry
 from clvr_jax.files.buckets.paths import is_bucket, storage_path
 from clvr_jax.files.output_paths import check_directory
@@ -27,8 +29,9 @@ class Convert:
     """Convert this source: a directory in diffusers or transformers layout with safetensors, one that was converted to
     JAX, a single file of FLUX.2, a Hugging Face id (org/name or org/name@revision), or the directory of a training run.
     Directories may be in a bucket, such as gs://NAME/PREFIX; a model is copied from there first."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Write to this new directory, which appears only when it is complete."""
+    destination: Annotated[StoragePath, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Write to this new directory, which appears only when it is complete. It may be in a bucket as well; then it is
+    made on this machine first."""
     to: Literal["jax", "torch"]
     """Format to write. jax: Orbax. torch: safetensors that diffusers and transformers load."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -47,12 +50,12 @@ class Convert:
     def run(self) -> Result:
         """Plans the conversion, and converts unless it is a dry run."""
         from clvr_jax.convert.hub import local_directory, model_files
-        from clvr_jax.convert.streaming.conversion import convert
         from clvr_jax.convert.streaming.planning import plan
         from clvr_jax.convert.streaming.report import conversion_table, tensor_list
 
-        if not self.dry_run:
-            check_directory(self.destination)  # before anything is downloaded
+        if not self.dry_run:  # before anything is downloaded
+            check_new(self.destination)
+            check_directory(self.destination)
         prepare_jax()
         if self.verify:
             from clvr_jax.convert.verify import check_torch
@@ -73,6 +76,15 @@ class Convert:
         if self.dry_run:
             return Result({**data, "plan": tensor_list(conversion)}, conversion_table(conversion))
         card = self._card(source, conversion)
+        with result_directory(self.destination) as destination:
+            return self._converted(data, source, conversion, destination, card)
+
+    def _converted(
+        self, data: dict[str, object], source: Path, conversion: "Conversion", destination: Path, card: str
+    ) -> Result:
+        """Converts into a directory of this machine, and compares the models if that is asked for."""
+        from clvr_jax.convert.streaming.conversion import convert
+
         with progress(f"{self.source} to {self.to}", conversion.tensors) as advance:
             count = 0
 
@@ -81,13 +93,13 @@ class Convert:
                 count += 1
                 advance(count, name)
 
-            not_finite = convert(conversion, self.destination, card=card, resume=self.resume, on_tensor=on_tensor)
+            not_finite = convert(conversion, destination, card=card, resume=self.resume, on_tensor=on_tensor)
         for name in not_finite:
             console.print(f"[yellow]warning:[/] {name} contains NaN", highlight=False)
         for name, kind in conversion.without_module.items():
             console.print(f"[yellow]note:[/] {name}/ was copied unchanged: there is no JAX module for a {kind}")
         data |= {"out": str(self.destination), "nan": not_finite, "copied": dict(conversion.without_module)}
-        return self._verified(data, source) if self.verify else Result(data, str(self.destination))
+        return self._verified(data, source, destination) if self.verify else Result(data, str(self.destination))
 
     def _export(self, run: Path) -> Result:
         """Exports the newest checkpoint of a training run."""
@@ -97,8 +109,8 @@ class Convert:
             raise UsageError(
                 f"{run}: a training run is exported with --to torch and no other option; convert the export then"
             )
-        with console.status(f"exporting {run}"):
-            step = export_run(run, self.destination)
+        with console.status(f"exporting {run}"), result_directory(self.destination) as destination:
+            step = export_run(run, destination)
         data = {"source": str(run), "to": self.to, "step": step, "out": str(self.destination)}
         return Result(data, str(self.destination))
 
@@ -118,12 +130,12 @@ class Convert:
         provenance = Provenance(self.source, command, version("clvr-jax"), self.to, revision, self.dtype)
         return model_card(self.destination.name, provenance, conversion.models)
 
-    def _verified(self, data: dict[str, object], source: Path) -> Result:
+    def _verified(self, data: dict[str, object], source: Path, destination: Path) -> Result:
         """Compares the outputs of the converted models in PyTorch and in JAX."""
         from clvr_jax.convert.verify import agreement_list, agreement_table, verify
 
-        torch_directory = self.destination if self.to == "torch" else source
-        jax_directory = self.destination if self.to == "jax" or source.is_file() else source
+        torch_directory = destination if self.to == "torch" else source
+        jax_directory = destination if self.to == "jax" or source.is_file() else source
         with console.status("running both frameworks") as status:
             agreements = verify(
                 torch_directory,

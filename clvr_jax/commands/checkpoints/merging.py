@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from clvr_jax.arguments import check_seed
+from clvr_jax.arguments import StoragePath, check_seed
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.display.console import console, progress
 from clvr_jax.errors import UsageError
+from clvr_jax.files.bucket_results import check_new, result_directory
 from clvr_jax.files.buckets.paths import is_bucket
 from clvr_jax.files.output_paths import check_directory
 
@@ -39,8 +40,9 @@ class Merge:
     align: _Model
     """Model that was aligned from the base, in the same forms, or its LoRA, DoRA, LoHa or LoKr: a file or directory in
     the format of diffusers, PEFT, kohya, ai-toolkit or LyCORIS."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Write to this new directory, which appears only when it is complete."""
+    out: StoragePath
+    """Write to this new directory, which appears only when it is complete. It may be in a bucket (gs://NAME/PREFIX);
+    then it is made on this machine first."""
     distill_weight: _Weight = ("1",)
     """Weight of the distillation delta: a number for all tensors, or PATTERN=NUMBER for the tensors whose key contains
     a match of the regular expression. Several may be given; the first match counts, and a plain number is for the rest.
@@ -77,10 +79,9 @@ class Merge:
             parse_weight("--align-weight", self.align_weight),
         )
         check_seed(self.seed)
-        if self.out.exists() and not self.dry_run:
-            raise UsageError(f"{self.out}: exists already; choose another name or remove it")
-        if not self.dry_run:
-            check_directory(self.out)  # before anything is downloaded
+        if not self.dry_run:  # before anything is downloaded
+            check_new(self.out)
+            check_directory(self.out)
         from clvr_jax.convert.lora.config import PEFT_NAME
         from clvr_jax.convert.lora.files import FILE_NAME
         from clvr_jax.merging.methods import Settings
@@ -112,7 +113,7 @@ class Merge:
             return Result({**data, "plan": plan_list(plan), "copied": list(plan.copied)}, plan_table(plan))
         if self.report:
             _note_missing_plots()
-        with progress(f"merging into {self.out}", tensors) as advance:
+        with result_directory(self.out) as out, progress(f"merging into {self.out}", tensors) as advance:
             count = 0
 
             def on_tensor(name: str) -> None:
@@ -122,7 +123,7 @@ class Merge:
 
             sums = merge(
                 plan,
-                self.out,
+                out,
                 resume=self.resume,
                 on_tensor=on_tensor,
                 finish=lambda directory, sums: self._finish(plan, directory, sums),
