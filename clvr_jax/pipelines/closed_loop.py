@@ -47,6 +47,8 @@ from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.reasoning.verification.reply_check import agrees_with_report
 from clvr_jax.reasoning.verification.verification import VerificationMode, Verifier
 
+MAX_PLAN_TEMPERATURE = 1.5
+"""Of plans: the verifier checks each of them, and the best one is carried out."""
 MAX_REPLY_TOKENS = 384
 """Maximum tokens of a reply of a model that was trained for the loop."""
 MAX_UNTRAINED_REPLY_TOKENS = 1024
@@ -84,13 +86,14 @@ class VLMController(Controller):
         return self._vlm
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Returns the replies to all conversations; those of the same attempt are decoded in one call.
+        """Returns the replies to all conversations; those of the same temperature are decoded in one call.
 
         Thoughts are removed; a thought without a reply becomes "", which is then retried because it cannot be parsed.
         """
         replies: dict[int, str] = {}
-        for temperature in sorted({temperature_of(each.attempt) for each in conversations}):
-            rows = [i for i, each in enumerate(conversations) if temperature_of(each.attempt) == temperature]
+        temperatures = list(map(_temperature, conversations))
+        for temperature in sorted(set(temperatures)):
+            rows = [index for index, own in enumerate(temperatures) if own == temperature]
             replies.update(zip(rows, self._replies([conversations[i] for i in rows], temperature), strict=True))
         self._ask_again(conversations, replies)
         return [replies[index] for index in range(len(conversations))]
@@ -130,6 +133,12 @@ class VLMController(Controller):
         for answer in answers:
             self.usage += Usage(calls=1, input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
         return answers
+
+
+def _temperature(conversation: Conversation) -> float:
+    if conversation.replies:
+        return temperature_of(conversation.attempt)
+    return temperature_of(conversation.attempt, MAX_PLAN_TEMPERATURE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,6 @@ from clvr_jax.reasoning.conversation.protocols import (
 from clvr_jax.reasoning.retries import temperature_of
 
 MAX_REPLY_TOKENS = 1024
-MAX_TEMPERATURE = 1.0
-"""Many servers refuse a higher one."""
 
 REWRITE_PROMPT = """\
 You write for a painter who draws a picture once, from your words alone, and never asks back. Rewrite the request so \
@@ -66,7 +64,7 @@ class ChatModelController(Controller):
             conversation.messages(self._plan_prompt if is_plan else SYSTEM_PROMPT),
             conversation.images,
             self._max_tokens,
-            temperature=temperature_of(conversation.attempt, MAX_TEMPERATURE),
+            temperature=temperature_of(conversation.attempt),
             seed=conversation.seed,
         )
         try:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 RETRY_TEMPERATURE = 0.7
 
 
-def temperature_of(attempt: int, highest: float = 1.5) -> float:
+def temperature_of(attempt: int, highest: float = 1.0) -> float:
     """Returns the temperature of an attempt: 0 of the first, 0.7 of the second, then 0.1 more for each.
 
-    A model that is sure of a wrong plan samples it again at a low temperature, however often.
+    A model that is sure of a wrong reply samples it again at a low temperature, however often.
 
     Args:
       attempt: number of replies before this one that could not be used.

@@ -54,10 +54,13 @@ class Sampler:
         return [ChatAnswer(self.texts.pop(0) if len(self.texts) > 1 else self.texts[0], 10, 20) for _ in conversations]
 
 
-def test_replies_of_one_attempt_share_a_call_at_its_temperature():
+def test_replies_of_one_temperature_share_a_call_and_plans_get_hotter_than_others():
     model = Sampler("Plan: red star top. Draw a red star at the top.<|image_gen|>")
     VLMController(model).reply([Conversation("p", attempt=attempt, seed=attempt) for attempt in (9, 0, 2, 12, 0)])
     assert model.calls == [(0.0, (0, 0)), (0.8, (2,)), (1.5, (9, 12))]
+    image = np.zeros((4, 4, 3), np.uint8)
+    VLMController(model).reply([Conversation("p", ("Draw.<|image_gen|>",), (image,), attempt=9, seed=1)])
+    assert model.calls[3] == (1.0, (1,))
 
 
 WRONG = "I see red star top. Unmet: red star top. Add a red star at the top.<|image_gen|>"
