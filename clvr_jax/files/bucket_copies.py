@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,6 +42,40 @@ def copies() -> Path:
 def on_disk(directory: Path) -> Path:
     """Returns a directory of this machine: a copy of `directory` if that is in a bucket. Raises: ClvrError."""
     return copied(directory, ("*",)) if is_bucket(directory) else directory
+
+
+@contextmanager
+def files_on_disk(directories: Sequence[Path], names: Sequence[str]) -> Iterator[list[Path]]:
+    """Yields directories of this machine, of the same names, with some small files of `directories`.
+
+    Those of this machine are yielded themselves. Files in buckets are read anew, since they may be growing, and are
+    there until the block ends; a file that does not exist is left out.
+
+    Raises: ClvrError if a bucket cannot be read, and errors of the block, which name the paths that were given.
+    """
+
+    def fetched(source: Path, place: Path) -> Path:
+        bucket, name = split(source)
+        directory = place / file_name(name.rpartition("/")[2] or bucket)
+        directory.mkdir(parents=True)
+        for each in names:
+            content = objects.read(source / each)
+            if content is not None:
+                (directory / each).write_bytes(content)
+        return directory
+
+    with tempfile.TemporaryDirectory(prefix="clvr-files-") as place:
+        found = [
+            fetched(directory, Path(place) / str(number)) if is_bucket(directory) else directory
+            for number, directory in enumerate(directories)
+        ]
+        try:
+            yield found
+        except ClvrError as error:
+            message = str(error)
+            for directory, own in zip(directories, found, strict=True):
+                message = message.replace(str(own), str(directory))
+            raise type(error)(message) from error
 
 
 @functools.cache

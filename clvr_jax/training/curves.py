@@ -36,6 +36,9 @@ USUAL = (
     "goodput",
 )
 """Metrics that are shown by default, as far as a run has them."""
+METRICS = "metrics.jsonl"
+FILES = (METRICS, GOODPUT, RECIPE)
+"""Files of a run that are read."""
 _WIDTH, _HEIGHT = 4.8, 3.2
 
 
@@ -57,7 +60,7 @@ def read_metrics(run: Path) -> dict[str, dict[int, float]]:
 
     Raises: ClvrError if the directory holds no metrics, or a file that is none.
     """
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     found: dict[str, dict[int, float]] = {}
     torn: ClvrError | None = None
     if not is_regular_file(path):

@@ -8,8 +8,11 @@ import pytest
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import write_json
+from clvr_jax.files.buckets import objects
+from clvr_jax.files.buckets.paths import storage_path
 from clvr_jax.files.image_io import read_image
 from clvr_jax.training.curves import curves, write_plot
+from tests.commands.command_line import complaint
 
 
 def make_run(folder, values, seed=0, simple=False):
@@ -54,6 +57,22 @@ def test_the_command_plots_and_tells_the_ends(runs, tmp_path, capsys):
     }
     assert len(np.unique(read_image(out).reshape(-1, 3), axis=0)) > 20
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
+
+
+def test_runs_in_a_bucket_have_the_curves_of_those_on_a_disk(runs, bucket, tmp_path, capsys):
+    given = [str(runs[0]), "gs://runs/a/pprl-1", "gs://runs/simple-0"]
+    for run, place in zip(runs[1:], given[1:], strict=True):
+        for path in run.iterdir():
+            objects.write(storage_path(place) / path.name, path.read_bytes())
+    ends = []
+    for number, paths in enumerate((runs, given)):
+        out = tmp_path / f"{number}.png"
+        assert main(["curves", *map(str, paths), "--out", str(out), "--json"]) == 0
+        ends.append(json.loads(capsys.readouterr().out)["ends"])
+    assert ends[0] == ends[1]
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    assert main(["curves", "gs://runs/none", "--out", str(out)]) == 1
+    assert "gs://runs/none: no run with metrics here (no file gs://runs/none/metrics.jsonl)" in complaint(capsys)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from clvr_jax.arguments import at_least_one
+from clvr_jax.arguments import StoragePath, at_least_one
 from clvr_jax.commands.common import Common, Flags, Result
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ class Curves:
 
     EXAMPLE: ClassVar = "clvr curves runs/pprl-0 runs/pprl-1 runs/simple-0 --metrics reward kl --out out/curves.png"
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Plot these run directories, finished or not."""
+    runs: Annotated[tuple[StoragePath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Plot these run directories, finished or not; they may be in a bucket (gs://NAME/PREFIX)."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.png")]
     """Write the plot to this file; the suffix may also be .svg or .pdf."""
     metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
@@ -36,9 +36,11 @@ class Curves:
     def run(self) -> Result:
         """Writes the plot, and returns the last values of the curves."""
         from clvr_jax.display.tables import Table
-        from clvr_jax.training.curves import curves, summary, write_plot
+        from clvr_jax.files.bucket_copies import files_on_disk
+        from clvr_jax.training.curves import FILES, curves, summary, write_plot
 
-        found = curves(self.runs, self.metrics, self.smooth)
+        with files_on_disk(self.runs, FILES) as runs:
+            found = curves(runs, self.metrics, self.smooth)
         write_plot(self.out, found)
         ends = summary(found)
         header = ("metric", "runs of", "number", "last step", "mean", "range")
