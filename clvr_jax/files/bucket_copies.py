@@ -75,7 +75,8 @@ def files_on_disk(directories: Sequence[Path], names: Sequence[str]) -> Iterator
             message = str(error)
             for directory, own in zip(directories, found, strict=True):
                 message = message.replace(str(own), str(directory))
-            raise type(error)(message) from error
+            error.args = (message,)
+            raise
 
 
 @functools.cache

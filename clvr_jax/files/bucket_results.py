@@ -22,34 +22,45 @@ _RESULTS = ".results"  # no bucket begins with a dot
 def check_new(destination: Path) -> None:
     """Checks that nothing is at the place of a new directory, on this machine or in a bucket.
 
-    Raises: UsageError if something is there; ClvrError if the bucket cannot be read.
+    Raises: UsageError if something is there, or an earlier result for the same place in a bucket was not uploaded;
+      ClvrError if the bucket cannot be read.
     """
+    if is_bucket(destination) and (earlier := _made_at(destination)).exists():
+        raise UsageError(f"{earlier}: an earlier result for {destination}, never uploaded; upload or remove it")
     if objects.names(destination) if is_bucket(destination) else os.path.lexists(destination):
         raise UsageError(f"{destination}: exists already; choose another name or remove it")
 
 
 @contextmanager
 def result_directory(destination: Path) -> Iterator[Path]:
-    """Yields the path at which the block makes a new directory, as a whole.
+    """Yields the path at which the block makes a new directory, as a whole; `check_new` has passed before.
 
     If the destination is in a bucket, that is a path on this machine. What the block has made there is uploaded after
     it, and removed. What it leaves beside it, to continue from, stays for the next call with the same destination.
 
-    Raises: UsageError if something is at the destination, or an earlier result was not uploaded; ClvrError if it cannot
-      be uploaded: it then stays on this machine.
+    Raises: ClvrError if it cannot be uploaded, or another process has written there meanwhile. A result that is made
+      and not uploaded, also because the block fails, stays on this machine, and the error says where.
     """
     if not is_bucket(destination):
         yield destination
         return
-    check_new(destination)
-    bucket, name = split(destination)
-    # The last part is the name of the new directory, and the title of a model card.
-    directory = copies() / _RESULTS / bucket / file_name(name or ".") / file_name(name.rpartition("/")[2] or bucket)
-    if directory.exists():
-        raise UsageError(f"{directory}: an earlier result for {destination}, never uploaded; upload or remove it")
-    yield directory
+    directory = _made_at(destination)
     try:
+        yield directory
+        if objects.names(destination):
+            raise ClvrError(f"{destination}: was written by another process meanwhile; choose another name")
         objects.upload_directory(directory, destination)
     except ClvrError as error:
-        raise ClvrError(f"{error}; the result is complete in {directory}") from error
+        if directory.exists():
+            error.args = (f"{error}; the result is complete in {directory}",)
+        raise
     shutil.rmtree(directory.parent)
+
+
+def _made_at(destination: Path) -> Path:
+    """Returns the path on this machine of a result for a bucket.
+
+    Its last part is that of the destination: the name of the new directory is the title of a model card.
+    """
+    bucket, name = split(destination)
+    return copies() / _RESULTS / bucket / file_name(name or ".") / file_name(name.rpartition("/")[2] or bucket)

@@ -16,6 +16,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.atomic_io import write_atomically
 from clvr_jax.files.file_names import has_entry, is_regular_file
 from clvr_jax.files.json_input import JSON, JsonObject, parse_object, read_object, stream_lines
+from clvr_jax.training.metrics import METRICS
 from clvr_jax.training.monitoring.ledger import FILE as GOODPUT
 from clvr_jax.training.monitoring.ledger import read_ledgers
 from clvr_jax.training.recipes import RECIPE
@@ -36,7 +37,6 @@ USUAL = (
     "goodput",
 )
 """Metrics that are shown by default, as far as a run has them."""
-METRICS = "metrics.jsonl"
 FILES = (METRICS, GOODPUT, RECIPE)
 """Files of a run that are read."""
 _WIDTH, _HEIGHT = 4.8, 3.2

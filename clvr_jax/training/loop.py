@@ -34,7 +34,7 @@ from clvr_jax.programs.settings import programs_in
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
-from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.metrics import METRICS, MetricLog
 from clvr_jax.training.monitoring.clock import Goodput, active_goodput, phase
 from clvr_jax.training.monitoring.hosts import Hosts, Reports
 from clvr_jax.training.monitoring.ledger import FILE as GOODPUT
@@ -203,7 +203,7 @@ def _export(
 
 def _metric_log(files: RunFiles, start: int, config: LoopConfig) -> MetricLog:
     if jax.process_index() == 0:
-        files.fetch("metrics.jsonl")
+        files.fetch(METRICS)
     return MetricLog(files.directory, start, config.wandb, config.name, config.logged_config)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import wandb
     from tensorboardX import SummaryWriter
 
+METRICS = "metrics.jsonl"
+
 
 class MetricLog:
     """Appends to `metrics.jsonl` and TensorBoard events in `directory`; a resumed run drops the steps it will redo.
@@ -45,7 +47,7 @@ class MetricLog:
         if not self._is_writer:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        path = directory / METRICS
         write_atomically(path, b"".join(line + b"\n" for line in _lines_up_to(start, path)))
         self._file = path.open("ab", buffering=0)  # a buffer that cannot be written would fail again when closed
         self._events = _summary_writer(directory / "tensorboard", start)

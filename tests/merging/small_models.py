@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import json
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
 
 from clvr_jax.checkpoint_io.tensors import FLOATS, stored_tensors, write_tensors
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
+from clvr_jax.merging import streaming
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 
 CONFIG = Flux2TransformerConfig(
@@ -79,3 +82,24 @@ def bits(folder):
 
 def sha256(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def before_tensor(number, act):
+    """Calls `act` before a merge computes this tensor, counted from 0."""
+    real, count = streaming._merged, iter(range(number))
+
+    def merged(*arguments):
+        nonlocal count
+        if count is not None and next(count, None) is None:
+            count = None
+            act()
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "_merged", merged)
+        yield

@@ -9,7 +9,7 @@ from clvr_jax.commands.checkpoints.merging import parse_weight
 from clvr_jax.display import plots
 from clvr_jax.errors import UsageError
 from clvr_jax.merging import report as module
-from tests.merging.small_models import KEY, ROLES, bits, edit, tensors_of, three_models
+from tests.merging.small_models import KEY, ROLES, before_tensor, bits, edit, interrupt, tensors_of, three_models
 
 
 @pytest.fixture
@@ -136,18 +136,8 @@ def main_error(arguments, capsys):
     return capsys.readouterr().err
 
 
-def test_a_stopped_merge_is_resumed(command, tmp_path, capsys, monkeypatch):
-    from clvr_jax.merging import streaming
-
-    real, count = streaming._merged, iter(range(10))
-
-    def stop_soon(*arguments):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_merged", stop_soon)
+def test_a_stopped_merge_is_resumed(command, tmp_path, capsys):
+    with before_tensor(10, interrupt):
         assert main(command) == 130
     assert (tmp_path / ".out.merge").is_dir()
     assert main(command) == 2

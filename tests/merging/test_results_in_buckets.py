@@ -9,7 +9,7 @@ from clvr_jax.files import bucket_copies
 from clvr_jax.files.buckets import objects
 from clvr_jax.files.buckets.paths import storage_path
 from tests.helpers.bucket_server import InjectedFault
-from tests.merging.small_models import ROLES, three_models
+from tests.merging.small_models import ROLES, before_tensor, interrupt, three_models
 
 OUT = "gs://runs/models/merged"
 
@@ -78,29 +78,30 @@ def test_a_result_that_cannot_be_uploaded_stays_on_this_machine_and_is_never_hal
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clvr: ")]
     assert "the result is complete in " in line
     assert f"models/merged/{objects.COMMIT}" not in bucket.objects("models/merged/")
-    bucket.empty()
     assert main([*command, OUT]) == 2
     message = capsys.readouterr().err
     assert f"an earlier result for {OUT}, never uploaded" in message
     (directory,) = {path.parent for path in left(tmp_path)}
     assert str(directory) in message
     shutil.rmtree(directory)
+    bucket.empty()
     assert main([*command, OUT]) == 0
     assert f"models/merged/{objects.COMMIT}" in bucket.objects("models/merged/")
 
 
-def test_an_interrupted_merge_into_a_bucket_is_resumed(bucket, command, tmp_path, monkeypatch):
-    from clvr_jax.merging import streaming
+def test_what_another_process_has_written_meanwhile_is_not_replaced(bucket, command, tmp_path, capsys):
+    def write():
+        objects.write(storage_path(OUT) / "README.md", b"of another process")
 
-    real, count = streaming._merged, iter(range(10))
+    with before_tensor(10, write):
+        assert main([*command, OUT]) == 1
+    assert f"{OUT}: was written by another process meanwhile" in capsys.readouterr().err
+    assert bucket.objects("models/merged/") == {"models/merged/README.md": b"of another process"}
+    assert left(tmp_path)
 
-    def stop_soon(*arguments):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-        return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_merged", stop_soon)
+def test_an_interrupted_merge_into_a_bucket_is_resumed(bucket, command, tmp_path):
+    with before_tensor(10, interrupt):
         assert main([*command, OUT]) == 130
     assert bucket.objects("models/merged/") == {}
     assert main([*command, OUT, "--resume"]) == main([*command, "whole"]) == 0

@@ -15,7 +15,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.reasoning.conversation.actions import plan_items
-from clvr_jax.reasoning.retries import retry_rounds
+from clvr_jax.reasoning.retries import RETRY_TEMPERATURE, retry_rounds
 from clvr_jax.reasoning.verification.evidence import (
     ANSWER,
     answer_probability,
@@ -42,7 +42,6 @@ from clvr_jax.reasoning.verification.verification import (
     requirements_messages,
 )
 
-_RETRY_TEMPERATURE = 0.7
 _TOP_LOGPROBS = 5
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
@@ -136,7 +135,7 @@ class ModelVerifier(Verifier):
                     ChatRequest(
                         requirements_messages(prompts[index], system),
                         max_tokens=self._max_tokens,
-                        temperature=_RETRY_TEMPERATURE if attempt else 0.0,
+                        temperature=RETRY_TEMPERATURE if attempt else 0.0,
                         seed=attempt,
                     )
                     for index in missing
@@ -237,7 +236,7 @@ class ModelVerifier(Verifier):
             sampled = iter(
                 self._chat(
                     [
-                        replace(requests[index], temperature=_RETRY_TEMPERATURE, seed=attempt)
+                        replace(requests[index], temperature=RETRY_TEMPERATURE, seed=attempt)
                         for index in remaining
                         for attempt in attempts
                     ]
